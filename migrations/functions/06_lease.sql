@@ -1,0 +1,104 @@
+-- Leases: a node's right to run what it claimed, kept alive by one heartbeat and ended by the reaper.
+
+create or replace function begin_lease(lease bigint, node text, ttl interval) returns void
+language sql set search_path from current as $$
+  insert into leases (id, node, ttl, expires_at)
+  values (begin_lease.lease, begin_lease.node, begin_lease.ttl, clock_timestamp() + begin_lease.ttl)
+$$;
+
+-- The heartbeat; also for SQL consumers, whose lease is their claim's token. alive: the lease goes on,
+-- for another ttl from now; a dead lease is never revived. Then its open claims, so that the node gives
+-- back what it does not know of, and its running jobs that somebody wants cancelled.
+create or replace function extend(
+  lease bigint, ttl interval default '30 seconds', out alive boolean, out open_claims bigint[], out cancelled bigint[]
+)
+language plpgsql set search_path from current as $$
+#variable_conflict use_column
+begin
+  update leases l set seen_at = clock_timestamp(), ttl = extend.ttl, expires_at = clock_timestamp() + extend.ttl
+    where l.id = extend.lease and l.dead_at is null;
+  alive := found;
+  open_claims := array(select c.token from claims c where c.lease = extend.lease);
+  cancelled := array(select j.id from jobs j where j.cancelled_at is not null and j.token = any(open_claims));
+end $$;
+
+-- Give back what is left of a claim: 'release' by its node, 'lost' by the reaper. Cursors first, then
+-- jobs; rows that another transaction holds are left for the next time. Returns (given back, left).
+create or replace function give_back(token bigint, outcome text, out moved int, out stuck int)
+language plpgsql set search_path from current
+set enable_seqscan = off set jit = off
+as $$
+#variable_conflict use_column
+declare
+  ids bigint[];
+  tids tid[];
+begin
+  perform require_read_committed();
+  with mine as materialized (
+    select j.id, j.queue, j.cursor_key from claims c join jobs j on j.id = any(c.ids) and j.token = c.token
+    where c.token = give_back.token
+  ), free as materialized (
+    select c.queue, c.key from cursors c
+    where (c.queue, c.key) in (select m.queue, m.cursor_key from mine m where m.cursor_key is not null)
+    order by c.queue, c.key for update skip locked
+  ), locked as materialized (
+    select j.id, j.ctid as tid from jobs j
+    where j.token = give_back.token and j.id = any(array(
+      select m.id from mine m left join free f on f.queue = m.queue and f.key = m.cursor_key
+      where m.cursor_key is null or f.key is not null))
+    order by j.id for update skip locked
+  )
+  select coalesce(array_agg(l.id), '{}'), array_agg(l.tid), (select count(*) from mine)
+    into ids, tids, stuck from locked l;
+  moved := cardinality(ids);
+  stuck := stuck - moved;
+  if moved > 0 then
+    perform settle(tids, ids, array_fill(give_back.token, array[moved]), array_fill(give_back.outcome, array[moved]),
+      null, null, null, null, null, null);
+  end if;
+  if stuck = 0 then
+    delete from claims c where c.token = give_back.token;
+  end if;
+end $$;
+
+-- A node leaves: everything it still holds goes back, then its lease ends.
+create or replace function end_lease(lease bigint) returns int
+language plpgsql set search_path from current as $$
+#variable_conflict use_column
+declare
+  moved int := coalesce((select sum((give_back(c.token, 'release')).moved) from claims c where c.lease = end_lease.lease), 0);
+begin
+  delete from leases l where l.id = end_lease.lease
+    and not exists (select from claims c where c.lease = end_lease.lease);
+  return moved;
+end $$;
+
+-- One pass of the reaper. It ends a lease if and only if its time ran out on the database's clock, and
+-- the server has been up for a lease period (after an outage nodes need the time to extend). It marks
+-- the lease dead before it touches jobs; jobs that are locked stay claimed until a later pass.
+create or replace function reap(out ended int, out moved int, out stuck int)
+language plpgsql set search_path from current as $$
+#variable_conflict use_column
+declare
+  cutoff timestamptz := clock_timestamp();
+  dead bigint;
+  back record;
+  c record;
+begin
+  perform require_read_committed();
+  ended := 0; moved := 0; stuck := 0;
+  for dead in
+    select l.id from leases l
+    where l.dead_at is not null or l.expires_at < cutoff and pg_postmaster_start_time() + l.ttl < cutoff
+    for update skip locked
+  loop
+    update leases l set dead_at = cutoff where l.id = dead and l.dead_at is null;
+    for c in select k.token from claims k where k.lease = dead loop
+      back := give_back(c.token, 'lost');
+      moved := moved + back.moved;
+      stuck := stuck + back.stuck;
+    end loop;
+    delete from leases l where l.id = dead and not exists (select from claims k where k.lease = dead);
+    ended := ended + found::int;
+  end loop;
+end $$;
