@@ -1,2 +1,8 @@
-//! x
-fn main(){}
+//! The `pgcue` command: a thin binary over the library.
+#![forbid(unsafe_code)]
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    pgcue::cli::main()
+}

@@ -1,0 +1,353 @@
+//! The dispatcher of one queue: claims what the pool has room for.
+//!
+//! A pass is one claim. It reads each lane from its watermark, or from its start when a full pass is
+//! due (see [`FullPasses`]). Passes follow each other until one brings nothing; then the dispatcher
+//! asks to rest. As sentry, or guarded by another node's, it makes one more full pass, because jobs
+//! may have arrived before the post was taken, and sleeps if and only if that brings nothing, until a
+//! [`Wake`] or the tick. It stands down as soon as a pass brings jobs: awake nodes need no sentry.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use actix::{
+    Actor, ActorFutureExt, Addr, AsyncContext, Context, Handler, ResponseFuture, SpawnHandle, WrapFuture,
+};
+use tokio::sync::oneshot;
+
+use super::bell::Bell;
+use super::lease::{Lease, draw};
+use super::listener::Listener;
+use super::messages::{
+    Cause, Demand, Drain, Leave, Observe, Observed, Rest, Run, Standing, Wake,
+};
+use super::worker_pool::WorkerPool;
+use crate::error::Error;
+use crate::job::ClaimedJob;
+use crate::metrics::Metrics;
+use crate::pacing::{self, FullPasses};
+use crate::store::{Claim, Claimed, Mark, Store};
+
+/// Producers hold the post: look again after this, doubling up to the second.
+const BUSY_POLL: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(100));
+/// A sentry that was notified in vain so often leaves its post for a while.
+const VAIN_LIMIT: u32 = 5;
+/// After a failed claim.
+const FAILURE_PAUSE: Duration = Duration::from_millis(200);
+
+pub(crate) struct Dispatcher {
+    pub(crate) queue: Arc<str>,
+    pub(crate) kinds: Arc<[Arc<str>]>,
+    pub(crate) store: Store,
+    pub(crate) lease: Lease,
+    pub(crate) pool: Addr<WorkerPool>,
+    pub(crate) listener: Option<Addr<Listener>>,
+    pub(crate) bell: Bell,
+    pub(crate) metrics: Metrics,
+    pub(crate) poll: Duration,
+    pub(crate) run_length: usize,
+    pub(crate) rest: Resting,
+}
+
+/// What the dispatcher does between messages.
+pub(crate) struct Resting {
+    marks: Vec<Mark>,
+    passes: FullPasses,
+    doing: Doing,
+    /// Woken while passing.
+    woken: bool,
+    /// The notification that began this pass brought nothing so far.
+    notified: bool,
+    vain: u32,
+    standing: Option<Standing>,
+    busy_poll: Duration,
+    timer: Option<SpawnHandle>,
+    drained: Option<oneshot::Sender<()>>,
+    draining: bool,
+}
+
+impl Default for Resting {
+    fn default() -> Self {
+        Resting {
+            marks: Vec::new(),
+            passes: FullPasses::new(Instant::now()),
+            doing: Doing::Nothing,
+            woken: false,
+            notified: false,
+            vain: 0,
+            standing: None,
+            busy_poll: BUSY_POLL.0,
+            timer: None,
+            drained: None,
+            draining: false,
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Doing {
+    /// A claim is on its way.
+    Passing,
+    /// The listener is asked for the post.
+    Asking,
+    /// Waits for a timer or a wake-up.
+    Nothing,
+}
+
+/// What a pass came to.
+enum Pass {
+    Claimed { claimed: Claimed, wanted: usize, full: bool, took: Duration },
+    /// The pool has enough; it will wake us.
+    Full,
+    /// There is no lease; its keeper will wake us.
+    NoLease,
+    Failed(Error),
+}
+
+impl Dispatcher {
+    fn pass(&mut self, ctx: &mut Context<Self>) {
+        if self.rest.doing != Doing::Nothing {
+            self.rest.woken = true;
+            return;
+        }
+        if let Some(timer) = self.rest.timer.take() {
+            ctx.cancel_future(timer);
+        }
+        if self.rest.draining {
+            return;
+        }
+        self.rest.doing = Doing::Passing;
+        self.rest.woken = false;
+        let full = self.rest.passes.is_due(Instant::now());
+        let marks = if full { Vec::new() } else { self.rest.marks.clone() };
+        let (queue, kinds, pool) = (Arc::clone(&self.queue), Arc::clone(&self.kinds), self.pool.clone());
+        let (store, lease, run_length) = (self.store.clone(), self.lease.clone(), self.run_length);
+        let pass = async move {
+            let Some(lease_id) = lease.id() else { return Pass::NoLease };
+            let Ok(wanted) = pool.send(Demand).await else { return Pass::Full };
+            if wanted.jobs == 0 {
+                return Pass::Full;
+            }
+            let token = draw();
+            let claim = Claim {
+                lease: lease_id,
+                token,
+                queue: &queue,
+                kinds: &kinds,
+                max_jobs: wanted.jobs,
+                run_length: pacing::run_length(wanted.mean_run, run_length),
+                marks: &marks,
+            };
+            lease.opens(token);
+            let began = Instant::now();
+            match store.claim(&claim).await {
+                Ok(claimed) => {
+                    lease.opened(token, claimed.jobs.len());
+                    Pass::Claimed { claimed, wanted: wanted.jobs, full, took: began.elapsed() }
+                }
+                Err(error) => {
+                    // Unknown to the node from now on: if the claim was made, the heartbeat gives it back.
+                    lease.opened(token, 0);
+                    if error.is_transient() {
+                        actix_rt::spawn(async move { drop(store.give_back(token).await) });
+                    }
+                    Pass::Failed(error)
+                }
+            }
+        };
+        ctx.spawn(pass.into_actor(self).map(|pass, dispatcher, ctx| dispatcher.passed(pass, ctx)));
+    }
+
+    fn passed(&mut self, pass: Pass, ctx: &mut Context<Self>) {
+        self.rest.doing = Doing::Nothing;
+        let now = Instant::now();
+        let again = match pass {
+            Pass::Full | Pass::NoLease => self.rest.woken,
+            Pass::Failed(error) => {
+                tracing::warn!(%error, queue = &*self.queue, "claim failed");
+                self.rest.passes.hurry(now);
+                self.sleep(FAILURE_PAUSE.mul_f64(0.5 + rand::random::<f64>()), ctx);
+                false
+            }
+            Pass::Claimed { claimed, wanted, full, took } => {
+                if full {
+                    self.rest.passes.made(now, took);
+                    self.bell.wake_scheduler(Cause::Tick);
+                }
+                let found = claimed.jobs.len();
+                if !claimed.marks.is_empty() {
+                    self.rest.marks = claimed.marks;
+                }
+                if found > 0 {
+                    self.start(claimed.jobs);
+                }
+                if claimed.contended && found < wanted {
+                    self.rest.passes.hurry(now);
+                }
+                let more = found > 0 || claimed.contended || self.rest.woken;
+                if !more {
+                    self.nothing_found(ctx);
+                }
+                more
+            }
+        };
+        if let Some(drained) = self.rest.drained.take() {
+            let _ = drained.send(());
+        } else if again {
+            self.pass(ctx);
+        }
+    }
+
+    /// Hand jobs to the pool, those of one cursor as one run.
+    fn start(&mut self, jobs: Vec<ClaimedJob>) {
+        self.metrics.claimed.with_label_values(&[&*self.queue]).inc_by(jobs.len() as u64);
+        self.metrics.claim_size.with_label_values(&[&*self.queue]).observe(jobs.len() as f64);
+        let wait = self.metrics.wait.with_label_values(&[&*self.queue]);
+        let mut runs: Vec<Vec<ClaimedJob>> = Vec::with_capacity(jobs.len());
+        for job in jobs {
+            wait.observe(job.waited.as_secs_f64());
+            match runs.last_mut() {
+                Some(run) if job.meta.cursor_key.is_some() && run[0].meta.cursor_key == job.meta.cursor_key => run.push(job),
+                _ => runs.push(vec![job]),
+            }
+        }
+        self.pool.do_send(Run(runs));
+        self.rest.vain = 0;
+        self.rest.notified = false;
+        self.rest.busy_poll = BUSY_POLL.0;
+        self.stand_down();
+    }
+
+    fn stand_down(&mut self) {
+        if let (Some(Standing::Sentry), Some(listener)) = (self.rest.standing.take(), &self.listener) {
+            listener.do_send(Leave(Arc::clone(&self.queue)));
+        }
+    }
+
+    /// The line is empty, as far as this pass saw.
+    fn nothing_found(&mut self, ctx: &mut Context<Self>) {
+        if std::mem::take(&mut self.rest.notified) {
+            self.rest.vain += 1;
+            if self.rest.vain >= VAIN_LIMIT {
+                // Foreign kinds, or a paused queue: let producers be silent for a while.
+                self.rest.vain = 0;
+                self.stand_down();
+                return self.sleep(BUSY_POLL.1, ctx);
+            }
+        }
+        match (self.rest.standing, &self.listener) {
+            (Some(_), _) => {
+                let full_pass = self.rest.passes.due_in(Instant::now());
+                self.sleep(full_pass.min(self.poll), ctx);
+            }
+            (None, None) => self.sleep(self.poll, ctx),
+            (None, Some(listener)) => {
+                self.rest.doing = Doing::Asking;
+                let asked = listener.send(Rest(Arc::clone(&self.queue)));
+                ctx.spawn(asked.into_actor(self).map(|standing, dispatcher, ctx| {
+                    dispatcher.asked(standing.unwrap_or(Standing::Deaf), ctx);
+                }));
+            }
+        }
+    }
+
+    fn asked(&mut self, standing: Standing, ctx: &mut Context<Self>) {
+        self.rest.doing = Doing::Nothing;
+        if let Some(drained) = self.rest.drained.take() {
+            let _ = drained.send(());
+            return;
+        }
+        match standing {
+            Standing::Sentry | Standing::Guarded => {
+                self.rest.standing = Some(standing);
+                self.rest.passes.hurry(Instant::now());
+                self.pass(ctx);
+            }
+            Standing::Deaf => self.sleep(self.poll, ctx),
+            Standing::Busy => {
+                let pause = self.rest.busy_poll;
+                self.rest.busy_poll = (pause * 2).min(BUSY_POLL.1);
+                self.sleep(pause, ctx);
+            }
+        }
+        if self.rest.woken {
+            self.pass(ctx);
+        }
+    }
+
+    fn sleep(&mut self, time: Duration, ctx: &mut Context<Self>) {
+        if let Some(timer) = self.rest.timer.take() {
+            ctx.cancel_future(timer);
+        }
+        self.rest.timer = Some(ctx.run_later(time, |dispatcher, ctx| {
+            dispatcher.rest.timer = None;
+            dispatcher.metrics.wakeups.with_label_values(&[&*dispatcher.queue, Cause::Tick.as_str()]).inc();
+            dispatcher.rest.passes.hurry(Instant::now());
+            dispatcher.pass(ctx);
+        }));
+    }
+}
+
+impl Actor for Dispatcher {
+    type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Self::Context) {
+        self.pass(ctx);
+    }
+}
+
+impl Handler<Wake> for Dispatcher {
+    type Result = ();
+
+    fn handle(&mut self, Wake(cause): Wake, ctx: &mut Self::Context) {
+        self.metrics.wakeups.with_label_values(&[&*self.queue, cause.as_str()]).inc();
+        match cause {
+            Cause::Notified => {
+                self.rest.notified = true;
+                self.rest.passes.hurry(Instant::now());
+                if self.rest.standing == Some(Standing::Guarded) {
+                    // Let the sentry be first: a herd would only contend.
+                    let jitter = Duration::from_micros(rand::random_range(1000..5000));
+                    ctx.run_later(jitter, |dispatcher, ctx| dispatcher.pass(ctx));
+                    return;
+                }
+            }
+            // The post is vacant: look, and then ask for it.
+            Cause::Sentry | Cause::Recovered => {
+                self.stand_down();
+                self.rest.passes.hurry(Instant::now());
+            }
+            Cause::Settled | Cause::Due => self.rest.passes.hurry(Instant::now()),
+            Cause::Tick | Cause::Slots => {}
+        }
+        self.pass(ctx);
+    }
+}
+
+impl Handler<Drain> for Dispatcher {
+    type Result = ResponseFuture<()>;
+
+    fn handle(&mut self, _: Drain, _: &mut Self::Context) -> Self::Result {
+        self.rest.draining = true;
+        self.stand_down();
+        if self.rest.doing == Doing::Nothing {
+            return Box::pin(std::future::ready(()));
+        }
+        let (drained, wait) = oneshot::channel();
+        self.rest.drained = Some(drained);
+        Box::pin(async move { drop(wait.await) })
+    }
+}
+
+impl Handler<Observe> for Dispatcher {
+    type Result = Observed;
+
+    fn handle(&mut self, _: Observe, _: &mut Self::Context) -> Observed {
+        let state = match (self.rest.doing, self.rest.standing) {
+            (Doing::Passing | Doing::Asking, _) => "passing",
+            (Doing::Nothing, Some(Standing::Sentry)) => "sentry",
+            (Doing::Nothing, Some(Standing::Guarded)) => "guarded",
+            (Doing::Nothing, _) => "polling",
+        };
+        Observed { state: state.into(), load: 0 }
+    }
+}

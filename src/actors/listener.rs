@@ -1,0 +1,175 @@
+//! The listener: the node's one connection with session state. It hears notifications and stands
+//! sentry for idle queues. Its advisory locks end with its session, so a node that dies, or whose
+//! listener is cut off, leaves no post manned. Its calls never wait for a lock.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use actix::{
+    Actor, ActorFutureExt, AsyncContext, Context, Handler, Message, Recipient, ResponseFuture, WrapFuture,
+};
+use futures_util::StreamExt;
+use tokio_postgres::types::Type;
+use tokio_postgres::{AsyncMessage, Client};
+
+use super::bell::Bell;
+use super::messages::{Cancel, Cause, Leave, Observe, Observed, Rest, Standing};
+use crate::metrics::Metrics;
+use crate::store::{Store, quote};
+
+/// A call on the listener's session that takes longer breaks the session.
+const DEADLINE: Duration = Duration::from_secs(5);
+/// Pauses between attempts to connect.
+const RECONNECT: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
+
+pub(crate) struct Listener {
+    store: Store,
+    metrics: Metrics,
+    bell: Bell,
+    pools: Vec<Recipient<Cancel>>,
+    session: Option<Arc<Client>>,
+    pause: Duration,
+}
+
+impl Listener {
+    pub(crate) fn new(store: Store, metrics: Metrics, bell: Bell, pools: Vec<Recipient<Cancel>>) -> Self {
+        Listener { store, metrics, bell, pools, session: None, pause: RECONNECT.0 }
+    }
+
+    fn connect(&mut self, ctx: &mut Context<Self>) {
+        let (store, address) = (self.store.clone(), ctx.address());
+        let connect = async move {
+            let (client, mut connection) = store.target().connect().await?;
+            // Drives the session and passes on what it hears, until it ends.
+            actix_rt::spawn(async move {
+                let mut messages = futures_util::stream::poll_fn(move |cx| connection.poll_message(cx));
+                while let Some(Ok(message)) = messages.next().await {
+                    if let AsyncMessage::Notification(note) = message {
+                        address.do_send(Heard(note.payload().to_owned()));
+                    }
+                }
+                address.do_send(Lost);
+            });
+            client.batch_execute(&format!("listen {}", quote(store.schema()))).await?;
+            Ok::<_, crate::Error>(client)
+        };
+        ctx.spawn(connect.into_actor(self).map(|connected, listener, ctx| match connected {
+            Ok(client) => {
+                listener.session = Some(Arc::new(client));
+                listener.pause = RECONNECT.0;
+                // What was said meanwhile was not heard.
+                listener.wake_all(Cause::Recovered);
+            }
+            Err(error) => {
+                tracing::warn!(%error, "the listener cannot connect");
+                let pause = listener.pause.mul_f64(0.5 + rand::random::<f64>());
+                listener.pause = (listener.pause * 2).min(RECONNECT.1);
+                ctx.run_later(pause, |listener, ctx| listener.connect(ctx));
+            }
+        }));
+    }
+
+    fn wake_all(&self, cause: Cause) {
+        self.bell.wake_all(cause);
+        self.bell.wake_scheduler(cause);
+    }
+
+    /// Call a function of one queue on the session.
+    fn call(&self, sql: &str, queue: Arc<str>) -> impl Future<Output = Option<String>> + use<> {
+        let session = self.session.clone();
+        let sql = sql.to_owned();
+        async move {
+            let call = async { session?.query_typed(&sql, &[(&&*queue, Type::TEXT)]).await.ok() };
+            let rows = tokio::time::timeout(DEADLINE, call).await.ok()??;
+            rows.first()?.try_get::<_, Option<String>>(0).ok()?
+        }
+    }
+}
+
+/// The session heard a notification.
+#[derive(Message)]
+#[rtype(result = "()")]
+struct Heard(String);
+
+/// The session ended.
+#[derive(Message)]
+#[rtype(result = "()")]
+struct Lost;
+
+impl Actor for Listener {
+    type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Self::Context) {
+        self.connect(ctx);
+    }
+}
+
+impl Handler<Heard> for Listener {
+    type Result = ();
+
+    fn handle(&mut self, Heard(payload): Heard, _: &mut Self::Context) {
+        let Some((verb, object)) = payload.split_once(' ') else { return };
+        let cause = match verb {
+            "wake" => Cause::Notified,
+            "sentry" => Cause::Sentry,
+            "cancel" => {
+                if let Ok(id) = object.parse() {
+                    let cancel = Cancel([id].into());
+                    self.pools.iter().for_each(|pool| pool.do_send(cancel.clone()));
+                }
+                return;
+            }
+            _ => return,
+        };
+        self.bell.wake(object, cause);
+        if cause == Cause::Notified {
+            self.bell.wake_scheduler(cause);
+        }
+    }
+}
+
+impl Handler<Lost> for Listener {
+    type Result = ();
+
+    fn handle(&mut self, _: Lost, ctx: &mut Self::Context) {
+        if self.session.take().is_some() {
+            tracing::warn!("the listener's connection broke");
+            self.metrics.reconnects.inc();
+            self.wake_all(Cause::Recovered); // nobody stands sentry any more
+            self.connect(ctx);
+        }
+    }
+}
+
+impl Handler<Rest> for Listener {
+    type Result = ResponseFuture<Standing>;
+
+    fn handle(&mut self, Rest(queue): Rest, _: &mut Self::Context) -> Self::Result {
+        let answer = self.call(&self.store.queries().stand_sentry, queue);
+        Box::pin(async move {
+            match answer.await.as_deref() {
+                Some("sentry") => Standing::Sentry,
+                Some("guarded") => Standing::Guarded,
+                Some(_) => Standing::Busy,
+                None => Standing::Deaf,
+            }
+        })
+    }
+}
+
+impl Handler<Leave> for Listener {
+    type Result = ();
+
+    fn handle(&mut self, Leave(queue): Leave, ctx: &mut Self::Context) {
+        let left = self.call(&self.store.queries().leave_sentry, queue);
+        ctx.spawn(left.into_actor(self).map(|_, _, _| ()));
+    }
+}
+
+impl Handler<Observe> for Listener {
+    type Result = Observed;
+
+    fn handle(&mut self, _: Observe, _: &mut Self::Context) -> Observed {
+        Observed { state: if self.session.is_some() { "listening" } else { "connecting" }.into(), load: 0 }
+    }
+}

@@ -1,0 +1,151 @@
+//! What the actors say to each other. Upward traffic is hints without data; what carries jobs goes down.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use actix::Message;
+
+use crate::job::ClaimedJob;
+use crate::store::Settlement;
+
+/// Work may exist. The notified path and the recovery path are one path.
+#[derive(Message, Debug, Clone, Copy, PartialEq, Eq)]
+#[rtype(result = "()")]
+pub struct Wake(pub Cause);
+
+/// Why an idle queue is woken; a label of the wake-up metric.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cause {
+    /// A notification: somebody enqueued while all slept.
+    Notified,
+    /// A sentry left its post.
+    Sentry,
+    /// A timer.
+    Tick,
+    /// Due jobs were moved into the line.
+    Due,
+    /// Slots ran low on claimed jobs.
+    Slots,
+    /// A settle made jobs claimable.
+    Settled,
+    /// A connection or lease came back.
+    Recovered,
+}
+
+impl Cause {
+    /// Its label.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Cause::Notified => "notified",
+            Cause::Sentry => "sentry",
+            Cause::Tick => "tick",
+            Cause::Due => "due",
+            Cause::Slots => "slots",
+            Cause::Settled => "settled",
+            Cause::Recovered => "recovered",
+        }
+    }
+}
+
+/// Dispatcher to WorkerPool: how many jobs could start soon?
+#[derive(Message)]
+#[rtype(result = "Wanted")]
+pub struct Demand;
+
+/// The answer to [`Demand`].
+#[derive(actix::MessageResponse, Debug, Clone, Copy)]
+pub struct Wanted {
+    /// At most so many jobs; zero means that the pool will send a [`Wake`] when it wants some.
+    pub jobs: usize,
+    /// How long a job ran lately, on average.
+    pub mean_run: Duration,
+}
+
+/// Dispatcher to WorkerPool: claimed jobs, in order. Jobs of one run share their cursor.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Run(pub Vec<Vec<ClaimedJob>>);
+
+/// Worker to Completer: how the attempts of one run ended.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Ended(pub Vec<EndedAttempt>);
+
+/// One attempt that ended.
+#[derive(Debug)]
+pub struct EndedAttempt {
+    /// Its queue.
+    pub queue: Arc<str>,
+    /// Its kind.
+    pub kind: Arc<str>,
+    /// How long it ran; none if it was not made.
+    pub ran: Option<Duration>,
+    /// What to write.
+    pub settlement: Settlement,
+}
+
+/// To the Completer: answer when everything that ended before is settled.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Flush;
+
+/// To WorkerPools: these running jobs should stop.
+#[derive(Message, Clone)]
+#[rtype(result = "()")]
+pub struct Cancel(pub Arc<[i64]>);
+
+/// To WorkerPools: the lease is lost. Nothing that was claimed may be trusted.
+#[derive(Message, Clone, Copy)]
+#[rtype(result = "()")]
+pub struct LeaseLost;
+
+/// To Dispatchers: claim nothing more; answered when no claim is in flight.
+#[derive(Message, Clone, Copy)]
+#[rtype(result = "()")]
+pub struct Drain;
+
+/// To WorkerPools: give back what has not started, let running jobs go on for the grace period, then
+/// give them back too. Answers how many had to be.
+#[derive(Message, Clone, Copy)]
+#[rtype(result = "usize")]
+pub struct DrainPool {
+    /// The grace period.
+    pub grace: Duration,
+}
+
+/// Dispatcher to Listener: the line of this queue is empty, may I sleep?
+#[derive(Message)]
+#[rtype(result = "Standing")]
+pub struct Rest(pub Arc<str>);
+
+/// The answer to [`Rest`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, actix::MessageResponse)]
+pub enum Standing {
+    /// This node is the queue's sentry: look once more, then sleep; producers will notify.
+    Sentry,
+    /// Another node is the sentry: the same.
+    Guarded,
+    /// Producers are busy: poll.
+    Busy,
+    /// There is no listening connection: poll.
+    Deaf,
+}
+
+/// Dispatcher to Listener: awake again; let another node stand sentry.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Leave(pub Arc<str>);
+
+/// To any actor: what is your state? Tests wait on it instead of sleeping.
+#[derive(Message)]
+#[rtype(result = "Observed")]
+pub struct Observe;
+
+/// The answer to [`Observe`].
+#[derive(Debug, Clone, Default, PartialEq, Eq, actix::MessageResponse)]
+pub struct Observed {
+    /// What the actor does now, in a word.
+    pub state: String,
+    /// How much of its work is at hand: jobs claimed, slots busy, attempts to settle.
+    pub load: usize,
+}

@@ -1,0 +1,124 @@
+//! The scheduler: moves due jobs into the line when their time comes, and tends the history. Every
+//! node has one; duties are leaderless, and two nodes doing one at once do no harm.
+//!
+//! A pass promotes what is due and learns when the next job will be. It is made when that moment
+//! comes, on every hint that something was scheduled, and at least each second.
+
+use std::time::{Duration, Instant};
+
+use actix::{Actor, ActorFutureExt, AsyncContext, Context, Handler, SpawnHandle, WrapFuture};
+
+use super::bell::Bell;
+use super::messages::{Cause, Observe, Observed, Wake};
+use crate::store::Store;
+
+/// At most so many jobs are promoted in one call.
+const BATCH: i32 = 1000;
+/// A pass is made at least this often.
+const TICK: Duration = Duration::from_secs(1);
+/// Between two passes lies this multiple of the last one's duration.
+const SHARE: u32 = 4;
+/// How often the history is tended.
+const TEND_EVERY: Duration = Duration::from_secs(600);
+
+pub(crate) struct Scheduler {
+    pub(crate) store: Store,
+    pub(crate) history_days: i32,
+    pub(crate) bell: Bell,
+    pub(crate) rest: Rest,
+}
+
+pub(crate) struct Rest {
+    passing: bool,
+    woken: bool,
+    not_before: Instant,
+    timer: Option<SpawnHandle>,
+    days_ahead: Option<i32>,
+}
+
+impl Default for Rest {
+    fn default() -> Self {
+        Rest { passing: false, woken: false, not_before: Instant::now(), timer: None, days_ahead: None }
+    }
+}
+
+impl Scheduler {
+    fn pass(&mut self, ctx: &mut Context<Self>) {
+        let early = self.rest.not_before.saturating_duration_since(Instant::now());
+        if self.rest.passing {
+            self.rest.woken = true;
+        } else if early > Duration::ZERO {
+            self.pass_in(early, ctx);
+        } else {
+            self.rest.passing = true;
+            self.rest.woken = false;
+            let store = self.store.clone();
+            let began = Instant::now();
+            let pass = async move { store.promote(BATCH).await };
+            ctx.spawn(pass.into_actor(self).map(move |promoted, scheduler, ctx| {
+                scheduler.rest.passing = false;
+                scheduler.rest.not_before = Instant::now() + began.elapsed() * SHARE;
+                let next = match promoted {
+                    Ok((promoted, due_in)) => {
+                        if promoted > 0 {
+                            scheduler.bell.wake_all(Cause::Due);
+                        }
+                        due_in.unwrap_or(TICK).min(TICK)
+                    }
+                    Err(error) => {
+                        tracing::warn!(%error, "due jobs cannot be promoted");
+                        TICK
+                    }
+                };
+                scheduler.pass_in(if scheduler.rest.woken { Duration::ZERO } else { next }, ctx);
+            }));
+        }
+    }
+
+    fn pass_in(&mut self, time: Duration, ctx: &mut Context<Self>) {
+        if let Some(timer) = self.rest.timer.take() {
+            ctx.cancel_future(timer);
+        }
+        self.rest.timer = Some(ctx.run_later(time, |scheduler, ctx| {
+            scheduler.rest.timer = None;
+            scheduler.pass(ctx);
+        }));
+    }
+
+    fn tend(&mut self, ctx: &mut Context<Self>) {
+        let (store, days) = (self.store.clone(), self.history_days);
+        let tend = async move { store.tend_history(days).await };
+        ctx.spawn(tend.into_actor(self).map(|ahead, scheduler, _| match ahead {
+            Ok(ahead) => scheduler.rest.days_ahead = ahead.or(scheduler.rest.days_ahead),
+            Err(error) => tracing::warn!(%error, "the history cannot be tended"),
+        }));
+    }
+}
+
+impl Actor for Scheduler {
+    type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Self::Context) {
+        self.pass(ctx);
+        self.tend(ctx);
+        ctx.run_interval(TEND_EVERY, |scheduler, ctx| scheduler.tend(ctx));
+    }
+}
+
+impl Handler<Wake> for Scheduler {
+    type Result = ();
+
+    fn handle(&mut self, _: Wake, ctx: &mut Self::Context) {
+        self.pass(ctx);
+    }
+}
+
+impl Handler<Observe> for Scheduler {
+    type Result = Observed;
+
+    fn handle(&mut self, _: Observe, _: &mut Self::Context) -> Observed {
+        // load: whole days of history partitions ahead.
+        let load = self.rest.days_ahead.unwrap_or(0).max(0) as usize;
+        Observed { state: if self.rest.passing { "passing" } else { "waiting" }.into(), load }
+    }
+}

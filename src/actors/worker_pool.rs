@@ -1,0 +1,231 @@
+//! The pool of one queue: threads, slots and the backlog of claimed jobs. It answers how many jobs
+//! could start soon, and gives up slots whose thread a handler has blocked.
+
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use actix::{Actor, ActorFutureExt, Addr, Arbiter, AsyncContext, Context, Handler, ResponseActFuture, ResponseFuture, WrapFuture};
+
+use super::bell::Bell;
+use super::completer::Completer;
+use super::messages::{Cancel, Demand, DrainPool, Ended, LeaseLost, Observe, Observed, Run, Wanted};
+use super::supervisor::Handlers;
+use super::worker::{Attempt, Current, Shared, Worker, settlement};
+use crate::config::QueueConfig;
+use crate::job::ClaimedJob;
+use crate::lifecycle::End;
+use crate::metrics::Metrics;
+use crate::pacing;
+
+/// How often the pool looks for slots that are stuck.
+const PATROL: Duration = Duration::from_millis(250);
+/// A slot that is this long past its attempt's timeout has a blocked thread.
+const FREEZE_GRACE: Duration = Duration::from_secs(1);
+/// What a run is supposed to take before any was seen.
+const FIRST_MEAN: Duration = Duration::from_millis(100);
+
+/// See the module.
+pub(crate) struct WorkerPool {
+    queue: Arc<str>,
+    config: QueueConfig,
+    shared: Arc<Shared>,
+    backlog: async_channel::Sender<Vec<ClaimedJob>>,
+    slots: Vec<Slot>,
+}
+
+/// A slot and the thread it is on.
+struct Slot {
+    current: Arc<Current>,
+    _thread: Rc<Thread>,
+}
+
+/// Ends when the last slot leaves it; a blocked one as soon as its handler lets go of it.
+struct Thread(Arbiter);
+
+impl Drop for Thread {
+    fn drop(&mut self) {
+        self.0.stop();
+    }
+}
+
+impl WorkerPool {
+    pub(crate) fn new(
+        queue: Arc<str>, config: QueueConfig, handlers: Arc<Handlers>, completer: Addr<Completer>, metrics: Metrics,
+        bell: Bell, timeout: Duration,
+    ) -> Self {
+        let (backlog, receiver) = async_channel::unbounded();
+        let shared = Arc::new(Shared {
+            handlers,
+            backlog: receiver,
+            waiting: AtomicUsize::new(0),
+            busy: AtomicUsize::new(0),
+            mean_run: AtomicU64::new(FIRST_MEAN.as_nanos() as u64),
+            hungry_below: AtomicUsize::new(usize::MAX),
+            queue: Arc::clone(&queue),
+            bell,
+            completer,
+            metrics,
+            timeout,
+        });
+        WorkerPool { queue, config, shared, backlog, slots: Vec::new() }
+    }
+
+    fn shared(&self) -> Arc<Shared> {
+        Arc::clone(&self.shared)
+    }
+
+    /// Build a slot on a thread.
+    fn open(&self, thread: Rc<Thread>) -> Slot {
+        let current = Arc::new(Current::default());
+        let worker = Worker { shared: self.shared(), current: Arc::clone(&current) };
+        Worker::start_in_arbiter(&thread.0.handle(), |_| worker);
+        Slot { current, _thread: thread }
+    }
+
+    /// Give up the slots that are blocked: settle their attempt, and build them anew on new threads.
+    fn patrol(&mut self) {
+        let frozen = |a: &Attempt| a.started.elapsed() > a.limit + FREEZE_GRACE;
+        for slot in 0..self.slots.len() {
+            let Some(attempt) = self.slots[slot].current.take_if(frozen) else { continue };
+            tracing::error!(queue = &*self.queue, job = attempt.job.meta.id, "a handler blocks its thread; the slot is rebuilt");
+            attempt.job.meta.cancelled.cancel();
+            let limit = attempt.limit;
+            self.shared.completer.do_send(Ended(attempt.end(End::Froze(limit), &self.shared.handlers)));
+            self.shared.busy.fetch_sub(1, Ordering::AcqRel);
+            self.shared.metrics.rebuilt.with_label_values(&[&*self.queue, "freeze"]).inc();
+            self.slots[slot] = self.open(Rc::new(Thread(Arbiter::new())));
+        }
+        let shares_threads = self.config.threads < self.config.slots;
+        if shares_threads && self.shared.waiting.load(Ordering::Acquire) > 0 {
+            // A free slot on a blocked thread may have been told of a run: an empty one tells another.
+            let _ = self.backlog.try_send(Vec::new());
+        }
+        let busy = self.shared.busy.load(Ordering::Acquire);
+        self.shared.metrics.slots.with_label_values(&[&*self.queue, "busy"]).set(busy as i64);
+        self.shared.metrics.slots.with_label_values(&[&*self.queue, "free"]).set(self.config.slots.saturating_sub(busy) as i64);
+    }
+
+    /// Empty the backlog; what was in it has not started.
+    fn take_backlog(&self) -> Vec<ClaimedJob> {
+        let mut jobs = Vec::new();
+        while let Ok(run) = self.shared.backlog.try_recv() {
+            self.shared.waiting.fetch_sub(run.len(), Ordering::AcqRel);
+            jobs.extend(run);
+        }
+        jobs
+    }
+
+    fn give_back(&self, jobs: Vec<ClaimedJob>) {
+        let ended = jobs.into_iter().map(|job| settlement(job, End::Released, None, &self.shared.handlers)).collect();
+        self.shared.completer.do_send(Ended(ended));
+    }
+}
+
+impl Actor for WorkerPool {
+    type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Self::Context) {
+        let threads: Vec<_> =
+            (0..self.config.threads.min(self.config.slots)).map(|_| Rc::new(Thread(Arbiter::new()))).collect();
+        self.slots = (0..self.config.slots).map(|slot| self.open(Rc::clone(&threads[slot % threads.len()]))).collect();
+        ctx.run_interval(PATROL, |pool, _| pool.patrol());
+    }
+
+    fn stopped(&mut self, _: &mut Self::Context) {
+        self.backlog.close();
+    }
+}
+
+impl Handler<Demand> for WorkerPool {
+    type Result = Wanted;
+
+    fn handle(&mut self, _: Demand, _: &mut Self::Context) -> Wanted {
+        let shared = &self.shared;
+        let mean_run = Duration::from_nanos(shared.mean_run.load(Ordering::Relaxed));
+        let waiting = shared.waiting.load(Ordering::Acquire);
+        let busy = shared.busy.load(Ordering::Acquire);
+        let jobs = pacing::demand(self.config.slots, busy, waiting, mean_run);
+        if jobs == 0 {
+            // Promise a wake-up first, then look again: a slot may have come free in between.
+            shared.hungry_below.store(waiting / 2, Ordering::Release);
+            let jobs = pacing::demand(self.config.slots, shared.busy.load(Ordering::Acquire), shared.waiting.load(Ordering::Acquire), mean_run);
+            return Wanted { jobs, mean_run };
+        }
+        shared.hungry_below.store(usize::MAX, Ordering::Release);
+        Wanted { jobs, mean_run }
+    }
+}
+
+impl Handler<Run> for WorkerPool {
+    type Result = ();
+
+    fn handle(&mut self, Run(runs): Run, _: &mut Self::Context) {
+        self.shared.waiting.fetch_add(runs.iter().map(Vec::len).sum(), Ordering::AcqRel);
+        for run in runs {
+            if let Err(closed) = self.backlog.try_send(run) {
+                self.give_back(closed.into_inner());
+            }
+        }
+    }
+}
+
+impl Handler<Cancel> for WorkerPool {
+    type Result = ();
+
+    fn handle(&mut self, Cancel(ids): Cancel, _: &mut Self::Context) {
+        for slot in &self.slots {
+            slot.current.cancel_if(|job| ids.contains(&job.meta.id));
+        }
+    }
+}
+
+impl Handler<LeaseLost> for WorkerPool {
+    type Result = ();
+
+    fn handle(&mut self, _: LeaseLost, _: &mut Self::Context) {
+        drop(self.take_backlog()); // others run them now
+        for slot in &self.slots {
+            slot.current.cancel_if(|_| true);
+        }
+    }
+}
+
+impl Handler<DrainPool> for WorkerPool {
+    type Result = ResponseActFuture<Self, usize>;
+
+    fn handle(&mut self, DrainPool { grace }: DrainPool, _: &mut Self::Context) -> Self::Result {
+        self.give_back(self.take_backlog());
+        self.backlog.close();
+        let shared = self.shared();
+        let deadline = Instant::now() + grace;
+        let wait: ResponseFuture<()> = Box::pin(async move {
+            while shared.busy.load(Ordering::Acquire) > 0 && Instant::now() < deadline {
+                actix_rt::time::sleep(Duration::from_millis(5)).await;
+            }
+        });
+        Box::pin(wait.into_actor(self).map(|(), pool, _| {
+            let mut given_back = 0;
+            for slot in &pool.slots {
+                if let Some(attempt) = slot.current.take_if(|_| true) {
+                    attempt.job.meta.cancelled.cancel();
+                    tracing::warn!(job = attempt.job.meta.id, "the grace period is over; the job is given back");
+                    pool.shared.completer.do_send(Ended(attempt.end(End::Released, &pool.shared.handlers)));
+                    given_back += 1;
+                }
+            }
+            given_back
+        }))
+    }
+}
+
+impl Handler<Observe> for WorkerPool {
+    type Result = Observed;
+
+    fn handle(&mut self, _: Observe, _: &mut Self::Context) -> Observed {
+        let busy = self.shared.busy.load(Ordering::Acquire);
+        let state = if self.backlog.is_closed() { "drained" } else { "open" };
+        Observed { state: state.into(), load: busy + self.shared.waiting.load(Ordering::Acquire) }
+    }
+}

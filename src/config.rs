@@ -1,0 +1,295 @@
+//! Configuration in three stages: what was written (file, environment, flags), what it says merged,
+//! and what was checked. Every fault is reported at once.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Duration;
+
+use config::{File, FileFormat, Map, Value, ValueKind};
+
+use crate::error::{Error, Fault, Result};
+
+/// Everything a node can be told. The defaults suit one node and the queue `default`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Config {
+    /// Where the database is.
+    pub database_url: Option<String>,
+    /// The schema that holds pgcue's tables, at most 48 bytes.
+    pub schema: String,
+    /// The node's name, for people; need not be unique.
+    pub name: String,
+    /// Create or upgrade the schema at start.
+    pub migrate: bool,
+    /// The queues to serve.
+    pub queues: BTreeMap<String, QueueConfig>,
+    /// How long a node may be silent before its jobs go to others.
+    pub lease: Duration,
+    /// How long running jobs may go on after SIGTERM.
+    pub grace: Duration,
+    /// How long an attempt may take if neither job nor task says.
+    pub timeout: Duration,
+    /// Wait for notifications. Without, the node polls, and everything works, later.
+    pub listen: bool,
+    /// How often an idle node looks without having been notified.
+    pub poll: Duration,
+    /// How many connections the node may hold besides the listener's.
+    pub connections: usize,
+    /// At most so many jobs of one cursor run in a row.
+    pub run_length: usize,
+    /// Enqueue no larger payload, in bytes.
+    pub max_payload: usize,
+    /// Keep no larger result, error text or cursor snapshot, in bytes.
+    pub max_result: usize,
+    /// Drop history after so many days; 0 keeps it.
+    pub history_days: u32,
+    /// Serve /metrics, /healthz and /readyz here.
+    pub http: Option<String>,
+    /// Handle the demo kinds.
+    pub demo: bool,
+}
+
+/// What a node does for one queue.
+#[derive(Debug, Clone, PartialEq)]
+pub struct QueueConfig {
+    /// How many jobs run at once.
+    pub slots: usize,
+    /// Over how many threads the slots are spread. A handler that blocks its thread stalls the slots
+    /// that share it: by default each slot has its own, up to 64.
+    pub threads: usize,
+}
+
+impl QueueConfig {
+    /// A queue with this many slots and the default threads.
+    pub fn with_slots(slots: usize) -> Self {
+        QueueConfig { slots, threads: slots.clamp(1, 64) }
+    }
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            database_url: None,
+            schema: "pgcue".into(),
+            name: rustix::system::uname().nodename().to_string_lossy().into_owned(),
+            migrate: true,
+            queues: BTreeMap::from([("default".into(), QueueConfig::with_slots(16))]),
+            lease: Duration::from_secs(30),
+            grace: Duration::from_secs(25),
+            timeout: Duration::from_secs(600),
+            listen: true,
+            poll: Duration::from_secs(1),
+            connections: 6,
+            run_length: 50,
+            max_payload: 1 << 20,
+            max_result: 64 << 10,
+            history_days: 7,
+            http: None,
+            demo: false,
+        }
+    }
+}
+
+/// Every key that may be written, `*` standing for a queue's name.
+const KEYS: &[&str] = &[
+    "database_url", "schema", "name", "migrate", "lease", "grace", "timeout", "listen", "poll", "connections",
+    "run_length", "max_payload", "max_result", "history_days", "http", "demo", "queues.*.slots", "queues.*.threads",
+];
+
+impl Config {
+    /// Merge a TOML file, the `PGCUE_*` environment and flags, in that order, and check the whole.
+    /// `PGCUE_QUEUES__EMAILS__SLOTS` is the key `queues.emails.slots`.
+    pub fn load(file: Option<&Path>, environment: impl IntoIterator<Item = (String, String)>, flags: Vec<(String, String)>) -> Result<Self> {
+        let mut written = config::Config::builder();
+        if let Some(path) = file {
+            let text = std::fs::read_to_string(path).map_err(|e| Error::io(path.display().to_string(), e))?;
+            written = written.add_source(File::from_str(&text, FileFormat::Toml));
+        }
+        let merged = written
+            .build()
+            .map_err(|e| Fault::new("config", file.unwrap_or(Path::new("")).display(), e.to_string().trim().replace('\n', " ")))?;
+        let mut flat = BTreeMap::new();
+        flatten("", &merged.cache, &mut flat);
+        for (name, value) in environment {
+            if let Some(key) = name.strip_prefix("PGCUE_") {
+                flat.insert(key.to_lowercase().replace("__", "."), value);
+            }
+        }
+        flat.extend(flags);
+        Self::check(flat)
+    }
+
+    /// The configuration of the environment alone; `DATABASE_URL` stands in for `PGCUE_DATABASE_URL`.
+    pub fn from_env() -> Result<Self> {
+        let mut config = Self::load(None, std::env::vars(), Vec::new())?;
+        if config.database_url.is_none() {
+            config.database_url = std::env::var("DATABASE_URL").ok();
+        }
+        Ok(config)
+    }
+
+    fn check(written: BTreeMap<String, String>) -> Result<Self> {
+        let mut config = Config::default();
+        let mut read = Reader { faults: Vec::new() };
+        if written.keys().any(|key| key.starts_with("queues.")) {
+            config.queues.clear();
+        }
+        // Slots before threads: the default of threads follows slots ("slots" sorts before "threads").
+        for (key, value) in &written {
+            match key.as_str() {
+                "database_url" => config.database_url = Some(value.clone()),
+                "schema" => read.set(key, value, &mut config.schema, "1 to 48 bytes", |v| {
+                    (1..=48).contains(&v.len()).then(|| v.to_owned())
+                }),
+                "name" => read.set(key, value, &mut config.name, "1 to 200 bytes", |v| {
+                    (1..=200).contains(&v.len()).then(|| v.to_owned())
+                }),
+                "migrate" => read.flag(key, value, &mut config.migrate),
+                "listen" => read.flag(key, value, &mut config.listen),
+                "demo" => read.flag(key, value, &mut config.demo),
+                "lease" => read.time(key, value, &mut config.lease, "3s", "1h"),
+                "grace" => read.time(key, value, &mut config.grace, "0s", "24h"),
+                "timeout" => read.time(key, value, &mut config.timeout, "1ms", "8760h"),
+                "poll" => read.time(key, value, &mut config.poll, "10ms", "1m"),
+                "connections" => read.number(key, value, &mut config.connections, 3, 100),
+                "run_length" => read.number(key, value, &mut config.run_length, 1, 1000),
+                "max_payload" => read.number(key, value, &mut config.max_payload, 2, 256 << 20),
+                "max_result" => read.number(key, value, &mut config.max_result, 64, 16 << 20),
+                "history_days" => read.number(key, value, &mut config.history_days, 0, 36500),
+                "http" => read.set(key, value, &mut config.http, "an address such as 127.0.0.1:9187", |v| {
+                    v.parse::<std::net::SocketAddr>().is_ok().then(|| Some(v.to_owned()))
+                }),
+                _ => match queue_key(key) {
+                    Some((name, field)) if (1..=512).contains(&name.len()) => {
+                        let queue = config.queues.entry(name.into()).or_insert_with(|| QueueConfig::with_slots(16));
+                        if field == "slots" {
+                            read.number(key, value, &mut queue.slots, 1, 10_000);
+                            queue.threads = QueueConfig::with_slots(queue.slots).threads;
+                        } else {
+                            read.number(key, value, &mut queue.threads, 1, 1000);
+                        }
+                    }
+                    _ => read.unknown(key, value),
+                },
+            }
+        }
+        match read.faults {
+            faults if faults.is_empty() => Ok(config),
+            faults => Err(Error::Config(faults)),
+        }
+    }
+
+    /// The database's URL, or what to do about its absence.
+    pub fn database_url(&self) -> Result<&str> {
+        self.database_url.as_deref().ok_or_else(|| {
+            Fault::new("database_url", "not set", "give --database-url, PGCUE_DATABASE_URL or DATABASE_URL").into()
+        })
+    }
+}
+
+fn queue_key(key: &str) -> Option<(&str, &str)> {
+    let (name, field) = key.strip_prefix("queues.")?.rsplit_once('.')?;
+    ["slots", "threads"].contains(&field).then_some((name, field))
+}
+
+fn flatten(prefix: &str, value: &Value, out: &mut BTreeMap<String, String>) {
+    match &value.kind {
+        ValueKind::Table(table) => {
+            let table: &Map<String, Value> = table;
+            for (key, value) in table {
+                let dot = if prefix.is_empty() { "" } else { "." };
+                flatten(&format!("{prefix}{dot}{key}"), value, out);
+            }
+        }
+        _ => {
+            out.insert(prefix.to_owned(), value.to_string());
+        }
+    }
+}
+
+struct Reader {
+    faults: Vec<Fault>,
+}
+
+impl Reader {
+    fn set<T>(&mut self, key: &str, value: &str, field: &mut T, allowed: &str, parse: impl Fn(&str) -> Option<T>) {
+        match parse(value) {
+            Some(parsed) => *field = parsed,
+            None => self.faults.push(Fault::new(key, format!("{value:?}"), format!("give {allowed}"))),
+        }
+    }
+
+    fn flag(&mut self, key: &str, value: &str, field: &mut bool) {
+        self.set(key, value, field, "true or false", |v| v.parse().ok());
+    }
+
+    fn number<T: TryFrom<i64> + Copy>(&mut self, key: &str, value: &str, field: &mut T, min: i64, max: i64) {
+        self.set(key, value, field, &format!("a whole number from {min} to {max}"), |v| {
+            v.parse::<i64>().ok().filter(|n| (min..=max).contains(n)).and_then(|n| T::try_from(n).ok())
+        });
+    }
+
+    fn time(&mut self, key: &str, value: &str, field: &mut Duration, min: &str, max: &str) {
+        let (least, most) = (duration(min), duration(max));
+        self.set(key, value, field, &format!("a time such as 30s or 5m, from {min} to {max}"), |v| {
+            duration(v).filter(|d| Some(*d) >= least && Some(*d) <= most)
+        });
+    }
+
+    fn unknown(&mut self, key: &str, value: &str) {
+        let alike = |known: &&&str| strsim::damerau_levenshtein(known, key);
+        let fix = match KEYS.iter().min_by_key(alike).filter(|known| alike(known) <= 3) {
+            Some(known) => format!("unknown key; did you mean {known}?"),
+            None => format!("unknown key; known are {}", KEYS.join(", ")),
+        };
+        self.faults.push(Fault::new(key, format!("{value:?}"), fix));
+    }
+}
+
+/// A time as people write it: `30s`, `5m`, `1h 30m`, `250ms`.
+pub fn duration(text: &str) -> Option<Duration> {
+    text.parse::<jiff::SignedDuration>().ok().and_then(|d| Duration::try_from(d).ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(toml: &str, env: &[(&str, &str)], flags: &[(&str, &str)]) -> Result<Config> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), toml).unwrap();
+        let own = |list: &[(&str, &str)]| list.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect::<Vec<_>>();
+        Config::load(Some(file.path()), own(env), own(flags))
+    }
+
+    #[test]
+    fn later_sources_win() {
+        let toml = "lease = '10s'\ngrace = '5s'\nname = 'file'\n[queues.emails]\nslots = 100\n";
+        let config = load(toml, &[("PGCUE_GRACE", "7s"), ("PGCUE_NAME", "env"), ("HOME", "/")], &[("name", "flag")]).unwrap();
+        assert_eq!(config.lease, Duration::from_secs(10));
+        assert_eq!(config.grace, Duration::from_secs(7));
+        assert_eq!(config.name, "flag");
+        assert_eq!(config.queues["emails"], QueueConfig { slots: 100, threads: 64 });
+        assert!(!config.queues.contains_key("default"));
+    }
+
+    #[test]
+    fn every_fault_is_reported_with_key_value_and_fix() {
+        let error = load("leese = '3s'\nlease = '-1s'\n[queues.a]\nslots = 0\n", &[("PGCUE_HTTP", "here")], &[]).unwrap_err();
+        let text = error.to_string();
+        for part in [
+            "leese is \"3s\": unknown key; did you mean lease?",
+            "lease is \"-1s\": give a time such as 30s or 5m, from 3s to 1h",
+            "queues.a.slots is \"0\": give a whole number from 1 to 10000",
+            "http is \"here\": give an address",
+        ] {
+            assert!(text.contains(part), "{part} not in:\n{text}");
+        }
+        assert_eq!(error.exit_code(), 64);
+    }
+
+    #[test]
+    fn malformed_toml_names_the_file_and_the_place() {
+        let text = load("lease = ", &[], &[]).unwrap_err().to_string();
+        assert!(text.starts_with("config is ") && text.contains("line 1"), "{text}");
+    }
+}

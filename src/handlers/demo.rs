@@ -1,0 +1,95 @@
+//! The demo kinds, to try things out with: `noop`, `echo`, `sleep`, `fail`, `panic`, `append`.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::job::Job;
+use crate::node::Node;
+use crate::outcome::{JobError, JobResult, Outcome};
+use crate::task::Task;
+
+macro_rules! task {
+    ($(#[$doc:meta])* $name:ident as $kind:literal { $($field:ident: $type:ty),* }) => {
+        $(#[$doc])*
+        #[derive(Serialize, Deserialize)]
+        struct $name { $($field: $type),* }
+        impl Task for $name {
+            const KIND: &'static str = $kind;
+        }
+    };
+}
+
+/// Does nothing, whatever the payload is.
+#[derive(Deserialize)]
+struct Noop(#[allow(dead_code)] serde::de::IgnoredAny);
+
+impl Serialize for Noop {
+    fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_unit()
+    }
+}
+
+impl Task for Noop {
+    const KIND: &'static str = "noop";
+}
+
+/// The result is the payload, to the letter.
+#[derive(Serialize, Deserialize)]
+#[serde(transparent)]
+struct Echo(Box<serde_json::value::RawValue>);
+
+impl Task for Echo {
+    const KIND: &'static str = "echo";
+}
+
+/// Panics with the payload as its message.
+#[derive(Serialize, Deserialize)]
+#[serde(transparent)]
+struct Panic(Value);
+
+impl Task for Panic {
+    const KIND: &'static str = "panic";
+}
+
+task! {
+    /// Takes so many milliseconds.
+    Sleep as "sleep" { ms: u64 }
+}
+task! {
+    /// Fails the first attempts.
+    Fail as "fail" { times: u16 }
+}
+task! {
+    /// Appends to the array that is its cursor's state; the result is the array's length.
+    Append as "append" { n: Value }
+}
+
+/// A node that also handles the demo kinds.
+pub(crate) fn demo(node: Node) -> Node {
+    node.handle_fn(|_: Job<Noop>| async { Ok(Outcome::Complete) })
+        .handle_fn(|job: Job<Echo>| async move { Outcome::result(&job.args) })
+        .handle_fn(|job: Job<Sleep>| async move {
+            tokio::time::sleep(Duration::from_millis(job.args.ms)).await;
+            Ok(Outcome::Complete)
+        })
+        .handle_fn(|job: Job<Fail>| async move {
+            if job.meta.attempt <= job.args.times {
+                return Err(JobError::new(format!("attempt {} of {} that fail", job.meta.attempt, job.args.times)));
+            }
+            Ok(Outcome::Complete)
+        })
+        .handle_fn(panic)
+        .handle_fn(append)
+}
+
+async fn panic(job: Job<Panic>) -> JobResult {
+    panic!("{}", job.args.0)
+}
+
+async fn append(job: Job<Append>) -> JobResult {
+    let mut all: Vec<Value> = job.state()?.unwrap_or_default();
+    all.push(job.args.n);
+    Outcome::result(&all.len())?.with_state(&all)
+}

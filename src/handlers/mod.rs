@@ -1,0 +1,5 @@
+//! Handlers that come with pgcue.
+
+mod demo;
+
+pub(crate) use demo::demo;

@@ -1,0 +1,253 @@
+//! Jobs: as they are enqueued ([`NewJob`]) and as a handler meets them ([`Job`]).
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use serde::de::DeserializeOwned;
+use tokio_util::sync::CancellationToken;
+
+use crate::error::{Error, Fault, Result};
+use crate::outcome::{JobError, JobResult};
+use crate::task::Task;
+
+/// A job to be enqueued, with its options.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NewJob {
+    pub(crate) kind: String,
+    pub(crate) queue: String,
+    pub(crate) payload: String,
+    pub(crate) priority: i16,
+    pub(crate) expected_at: Option<Timestamp>,
+    pub(crate) run_at: Option<Timestamp>,
+    pub(crate) delay: Option<Duration>,
+    pub(crate) max_attempts: u16,
+    pub(crate) timeout: Option<Duration>,
+    pub(crate) cursor_key: Option<String>,
+    pub(crate) headers: Option<String>,
+    fault: Option<Fault>,
+}
+
+impl NewJob {
+    /// A job of this kind with a payload that is JSON text, kept as it is given.
+    pub fn new(kind: impl Into<String>, payload: impl Into<String>) -> Self {
+        let payload = payload.into();
+        let fault = serde_json::from_str::<serde::de::IgnoredAny>(&payload)
+            .err()
+            .map(|e| Fault::new("payload", &payload, format!("malformed JSON: {e}")));
+        NewJob { fault, ..Self::with_payload(kind.into(), payload) }
+    }
+
+    fn with_payload(kind: String, payload: String) -> Self {
+        NewJob {
+            kind,
+            queue: "default".into(),
+            payload,
+            priority: 0,
+            expected_at: None,
+            run_at: None,
+            delay: None,
+            max_attempts: 25,
+            timeout: None,
+            cursor_key: None,
+            headers: None,
+            fault: None,
+        }
+    }
+
+    /// The queue to go to, 1 to 512 bytes.
+    pub fn queue(self, queue: impl Into<String>) -> Self {
+        NewJob { queue: queue.into(), ..self }
+    }
+
+    /// Greater goes first; the default is 0.
+    pub fn priority(self, priority: i16) -> Self {
+        NewJob { priority, ..self }
+    }
+
+    /// When the result is wanted: within a priority, earlier goes first, and jobs without it last.
+    pub fn expected_at(self, at: Timestamp) -> Self {
+        NewJob { expected_at: Some(at), ..self }
+    }
+
+    /// Not before this moment of the database's clock.
+    pub fn run_at(self, at: Timestamp) -> Self {
+        NewJob { run_at: Some(at), delay: None, ..self }
+    }
+
+    /// Not before this much time has passed on the database's clock.
+    pub fn delay(self, delay: Duration) -> Self {
+        NewJob { delay: Some(delay), run_at: None, ..self }
+    }
+
+    /// How many attempts it gets, 1 to 32767.
+    pub fn max_attempts(self, max_attempts: u16) -> Self {
+        NewJob { max_attempts, ..self }
+    }
+
+    /// How long one attempt may take.
+    pub fn timeout(self, timeout: Duration) -> Self {
+        NewJob { timeout: Some(timeout), ..self }
+    }
+
+    /// The cursor it belongs to, 1 to 1024 bytes: jobs of one cursor run one at a time, in order.
+    pub fn cursor(self, key: impl Into<String>) -> Self {
+        NewJob { cursor_key: Some(key.into()), ..self }
+    }
+
+    /// What travels along without being the payload: a JSON object (traces, tenants).
+    pub fn headers(mut self, headers: &serde_json::Value) -> Self {
+        if !headers.is_object() {
+            self.fault = Some(Fault::new("headers", headers, "give a JSON object"));
+        }
+        NewJob { headers: Some(headers.to_string()), ..self }
+    }
+
+    /// Refuse what the database would refuse, in clearer words.
+    pub(crate) fn check(&self, max_payload: usize) -> Result<()> {
+        let bytes = |field: &str, value: &str, max: usize| {
+            if value.is_empty() {
+                return Err(Fault::new(field, "empty", format!("give 1 to {max} bytes")));
+            }
+            if value.len() > max {
+                return Err(Fault::new(field, format!("{} bytes long", value.len()), format!("give 1 to {max} bytes")));
+            }
+            if value.contains('\0') {
+                return Err(Fault::new(field, format!("{value:?}"), "leave out the NUL character"));
+            }
+            Ok(())
+        };
+        if let Some(fault) = &self.fault {
+            return Err(fault.clone().into());
+        }
+        bytes("kind", &self.kind, 512)?;
+        bytes("queue", &self.queue, 512)?;
+        if let Some(key) = &self.cursor_key {
+            bytes("cursor_key", key, 1024)?;
+        }
+        if self.payload.len() > max_payload {
+            let fix = format!("the limit is {max_payload} bytes (max_payload); store it elsewhere and enqueue its address");
+            return Err(Fault::new("payload", format!("{} bytes long", self.payload.len()), fix).into());
+        }
+        if !(1..=i16::MAX as u16).contains(&self.max_attempts) {
+            return Err(Fault::new("max_attempts", self.max_attempts, "give 1 to 32767").into());
+        }
+        if self.timeout.is_some_and(|t| t.is_zero()) {
+            return Err(Fault::new("timeout", "0", "give a time longer than zero").into());
+        }
+        Ok(())
+    }
+}
+
+impl<T: Task> From<T> for NewJob {
+    fn from(task: T) -> Self {
+        let (payload, fault) = match serde_json::to_string(&task) {
+            Ok(payload) => (payload, None),
+            Err(e) => (String::new(), Some(Fault::new("payload", T::KIND, format!("cannot become JSON: {e}")))),
+        };
+        NewJob {
+            queue: T::QUEUE.into(),
+            max_attempts: T::MAX_ATTEMPTS,
+            timeout: T::TIMEOUT,
+            fault,
+            ..Self::with_payload(T::KIND.into(), payload)
+        }
+    }
+}
+
+/// A job as its handler meets it. As an actix message it is answered with a [`JobResult`].
+#[derive(Debug)]
+pub struct Job<T> {
+    /// The task: the payload as its Rust type.
+    pub args: T,
+    /// What is known of the job besides.
+    pub meta: Meta,
+}
+
+/// A job's own facts.
+#[derive(Debug, Clone)]
+pub struct Meta {
+    /// The job's id, unique in its schema.
+    pub id: i64,
+    /// Its kind.
+    pub kind: Arc<str>,
+    /// Its queue.
+    pub queue: Arc<str>,
+    /// Which attempt this is; the first is 1.
+    pub attempt: u16,
+    /// How many attempts it gets.
+    pub max_attempts: u16,
+    /// The headers it was enqueued with, as JSON text.
+    pub headers: Option<Arc<str>>,
+    /// The cursor it belongs to.
+    pub cursor_key: Option<Arc<str>>,
+    /// The cursor's state that this job begins with, as JSON text.
+    pub cursor_state: Option<Arc<str>>,
+    /// Fires when the attempt should stop: cancelled, timed out, its lease lost, or the node drains.
+    pub cancelled: CancellationToken,
+}
+
+impl<T: 'static> actix::Message for Job<T> {
+    type Result = JobResult;
+}
+
+impl<T> Job<T> {
+    /// The cursor's state as a type; none if the cursor has none yet. An error names the path in the
+    /// JSON that does not fit.
+    pub fn state<S: DeserializeOwned>(&self) -> Result<Option<S>, JobError> {
+        self.meta.cursor_state.as_deref().map(|json| parse(json).map_err(|e| JobError(format!("cursor state: {e}")))).transpose()
+    }
+}
+
+/// JSON text as a type; the error names the path to what does not fit.
+pub(crate) fn parse<T: DeserializeOwned>(json: &str) -> Result<T, String> {
+    let mut reader = serde_json::Deserializer::from_str(json);
+    serde_path_to_error::deserialize(&mut reader).map_err(|e| match e.path().to_string().as_str() {
+        "." => e.inner().to_string(),
+        path => format!("{path}: {}", e.inner()),
+    })
+}
+
+/// A job as it comes out of the database.
+#[derive(Debug, Clone)]
+pub struct ClaimedJob {
+    pub(crate) meta: Meta,
+    pub(crate) payload: Box<str>,
+    pub(crate) tid: crate::store::Tid,
+    pub(crate) token: i64,
+    pub(crate) timeout: Option<Duration>,
+    pub(crate) waited: Duration,
+}
+
+impl From<serde_json::Error> for Error {
+    fn from(e: serde_json::Error) -> Self {
+        Error::Invalid(Fault::new("json", "malformed", e.to_string()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn faults_name_field_value_and_fix() {
+        let message = |job: NewJob| job.check(100).unwrap_err().to_string();
+        assert_eq!(message(NewJob::new("", "{}")), "kind is empty: give 1 to 512 bytes");
+        assert_eq!(message(NewJob::new("k", "{}").queue("")), "queue is empty: give 1 to 512 bytes");
+        assert!(message(NewJob::new("k", r#"{"a":}"#)).contains("line 1 column 6"));
+        assert!(message(NewJob::new("k", format!("{:?}", "x".repeat(200)))).contains("202 bytes long"));
+        assert!(message(NewJob::new("k", "1").cursor("k".repeat(10_000))).contains("cursor_key is 10000 bytes long"));
+        assert!(message(NewJob::new("k", "1").timeout(Duration::ZERO)).contains("timeout is 0"));
+        assert!(message(NewJob::new("k", "1").max_attempts(0)).contains("max_attempts is 0"));
+        NewJob::new("k", "\"\\u0000\"").queue("q".repeat(200)).check(100).unwrap();
+    }
+
+    #[test]
+    fn a_payload_that_does_not_fit_names_its_path() {
+        #[derive(serde::Deserialize, Debug)]
+        #[allow(dead_code)]
+        struct Outer { list: Vec<u8> }
+        let error = parse::<Outer>(r#"{"list":[1,"x"]}"#).unwrap_err();
+        assert!(error.starts_with("list[1]: invalid type: string"), "{error}");
+    }
+}

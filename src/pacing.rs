@@ -1,0 +1,113 @@
+//! How much to claim, and when to read the line from its start. Decides only; the Dispatcher acts.
+
+use std::time::{Duration, Instant};
+
+/// Claimed jobs wait in memory at most about this long before a slot is free for them.
+const PREFETCH_HORIZON: Duration = Duration::from_millis(100);
+/// At most so many claimed jobs wait in memory.
+pub const MAX_PREFETCH: usize = 2000;
+/// At most so many jobs are claimed in one call.
+pub const MAX_CLAIM: usize = 1000;
+/// A full pass is due after this time, if full passes are cheap.
+const FULL_PASS_EVERY: Duration = Duration::from_millis(250);
+/// Between two full passes lies at least this multiple of the last one's duration.
+const FULL_PASS_SHARE: u32 = 20;
+
+/// How many jobs to claim for `slots` slots, of which `busy` run, with `waiting` jobs claimed already
+/// and a mean run of `mean_run`: what the free slots can start, and as many more as the slots will
+/// finish within 100 ms. None as long as half of that is at hand: claims are cheap in bulk.
+pub fn demand(slots: usize, busy: usize, waiting: usize, mean_run: Duration) -> usize {
+    let prefetch = slots.saturating_mul(runs_ahead(mean_run)).min(MAX_PREFETCH);
+    let target = slots.saturating_sub(busy) + prefetch;
+    if waiting * 2 > target { 0 } else { (target - waiting).min(MAX_CLAIM) }
+}
+
+/// How many jobs of one cursor to take at once: what a slot finishes within 100 ms, at least one.
+pub fn run_length(mean_run: Duration, max: usize) -> usize {
+    runs_ahead(mean_run).clamp(1, max)
+}
+
+fn runs_ahead(mean_run: Duration) -> usize {
+    (PREFETCH_HORIZON.as_nanos() / mean_run.as_nanos().max(1)).min(MAX_PREFETCH as u128) as usize
+}
+
+/// When a claim reads the line from its start. Watermarks skip what became claimable behind them (a
+/// late commit, a claim that rolled back, a row that was locked); such a full pass finds it.
+#[derive(Debug)]
+pub struct FullPasses {
+    due: Instant,
+    ended: Instant,
+}
+
+impl FullPasses {
+    /// The first full pass is due at once.
+    pub fn new(now: Instant) -> Self {
+        FullPasses { due: now, ended: now }
+    }
+
+    /// True if the next claim must begin at the start of the line.
+    pub fn is_due(&self, now: Instant) -> bool {
+        now >= self.due
+    }
+
+    /// A claim that began at the start took this long.
+    pub fn made(&mut self, now: Instant, took: Duration) {
+        self.ended = now;
+        self.due = now + (took * FULL_PASS_SHARE).max(FULL_PASS_EVERY);
+    }
+
+    /// Make a full pass due at once, if they are cheap.
+    pub fn hurry(&mut self, now: Instant) {
+        if self.due <= self.ended + FULL_PASS_EVERY {
+            self.due = now;
+        }
+    }
+
+    /// How long until the next full pass.
+    pub fn due_in(&self, now: Instant) -> Duration {
+        self.due.saturating_duration_since(now)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn long_jobs_are_not_prefetched_and_short_ones_are() {
+        assert_eq!(demand(16, 16, 0, Duration::from_secs(1)), 0);
+        assert_eq!(demand(16, 10, 0, Duration::from_secs(1)), 6);
+        assert_eq!(demand(16, 16, 0, Duration::from_millis(10)), 160);
+        assert_eq!(demand(16, 0, 1500, Duration::from_micros(5)), 0, "more than half is at hand");
+        assert_eq!(demand(16, 0, 900, Duration::from_micros(5)), 1000);
+        assert_eq!(run_length(Duration::from_millis(30), 50), 3);
+        assert_eq!(run_length(Duration::from_secs(30), 50), 1);
+    }
+
+    proptest! {
+        #[test]
+        fn never_more_than_slots_and_prefetch(slots in 0usize..2000, busy in 0usize..3000, waiting in 0usize..4000, us in 0u64..10_000_000) {
+            let n = demand(slots, busy, waiting, Duration::from_micros(us));
+            prop_assert!(n <= MAX_CLAIM);
+            prop_assert!(n + waiting <= slots + MAX_PREFETCH || n == 0);
+        }
+    }
+
+    #[test]
+    fn full_passes_take_a_twentieth_of_the_time() {
+        let start = Instant::now();
+        let ms = Duration::from_millis;
+        let mut passes = FullPasses::new(start);
+        assert!(passes.is_due(start));
+        passes.made(start, ms(100));
+        assert!(!passes.is_due(start + ms(1999)));
+        passes.hurry(start + ms(10));
+        assert!(!passes.is_due(start + ms(10)), "expensive passes are not hurried");
+        assert!(passes.is_due(start + ms(2000)));
+        passes.made(start + ms(2000), ms(1));
+        assert!(!passes.is_due(start + ms(2249)));
+        passes.hurry(start + ms(2001));
+        assert!(passes.is_due(start + ms(2001)), "cheap passes are");
+    }
+}

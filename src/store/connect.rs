@@ -1,0 +1,120 @@
+//! Connections: TLS, keepalives, and errors in words that help.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use deadpool_postgres::{Manager, ManagerConfig, Pool, PoolError, RecyclingMethod, Runtime};
+use tokio_postgres::config::Host;
+use tokio_postgres_rustls::MakeRustlsConnect;
+
+use crate::error::{Error, Fault, Result, with_causes};
+
+/// How long a connection attempt may take unless the URL says otherwise (`connect_timeout`).
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A database's address with pgcue's defaults filled in.
+#[derive(Clone)]
+pub struct Target {
+    config: tokio_postgres::Config,
+    tls: MakeRustlsConnect,
+}
+
+impl Target {
+    /// Read a URL or a key-value string, as libpq writes them.
+    pub fn parse(url: &str) -> Result<Self> {
+        let mut config: tokio_postgres::Config = url.parse().map_err(|e| {
+            // The value may hold a password: it is not repeated.
+            let fix = format!("{}; give postgres://user:password@host:port/database", with_causes(&e));
+            Fault::new("database_url", "malformed", fix)
+        })?;
+        if config.get_connect_timeout().is_none() {
+            config.connect_timeout(CONNECT_TIMEOUT);
+        }
+        if config.get_application_name().is_none() {
+            config.application_name("pgcue");
+        }
+        config.keepalives_idle(Duration::from_secs(10));
+        config.keepalives_interval(Duration::from_secs(5));
+        config.keepalives_retries(3);
+        config.tcp_user_timeout(Duration::from_secs(30));
+        Ok(Target { config, tls: tls()? })
+    }
+
+    /// Set what `pg_stat_activity` shows, unless the URL names it.
+    pub fn named(mut self, name: &str) -> Self {
+        if self.config.get_application_name() == Some("pgcue") {
+            self.config.application_name(name);
+        }
+        self
+    }
+
+    /// A pool of at most `size` connections.
+    pub fn pool(&self, size: usize) -> Pool {
+        // No session state is kept between calls, so a connection is clean when it comes back.
+        let manager = ManagerConfig { recycling_method: RecyclingMethod::Fast };
+        let manager = Manager::from_config(self.config.clone(), self.tls.clone(), manager);
+        Pool::builder(manager)
+            .max_size(size)
+            .runtime(Runtime::Tokio1)
+            .wait_timeout(Some(Duration::from_secs(30)))
+            .build()
+            .expect("a pool with a runtime for its timeouts can be built")
+    }
+
+    /// One connection of its own, and the future that drives it.
+    pub async fn connect(
+        &self,
+    ) -> Result<(
+        tokio_postgres::Client,
+        tokio_postgres::Connection<
+            tokio_postgres::Socket,
+            <MakeRustlsConnect as tokio_postgres::tls::MakeTlsConnect<tokio_postgres::Socket>>::Stream,
+        >,
+    )> {
+        self.config.connect(self.tls.clone()).await.map_err(|e| self.explain(&e))
+    }
+
+    /// A failed connection as pgcue's error.
+    pub fn explain(&self, error: &tokio_postgres::Error) -> Error {
+        let reason = match error.as_db_error() {
+            Some(db) => db.message().to_owned(),
+            None => with_causes(error),
+        };
+        Error::Connect { target: self.to_string(), reason }
+    }
+
+    /// A failed checkout from the pool as pgcue's error.
+    pub fn explain_pool(&self, error: PoolError) -> Error {
+        match error {
+            PoolError::Backend(e) => self.explain(&e),
+            other => Error::Connect { target: self.to_string(), reason: with_causes(&other) },
+        }
+    }
+}
+
+impl std::fmt::Display for Target {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let host = match self.config.get_hosts().first() {
+            Some(Host::Tcp(host)) => host.clone(),
+            Some(Host::Unix(path)) => path.display().to_string(),
+            None => "localhost".into(),
+        };
+        let port = self.config.get_ports().first().copied().unwrap_or(5432);
+        write!(f, "{host}:{port}/{}", self.config.get_dbname().or(self.config.get_user()).unwrap_or("?"))
+    }
+}
+
+/// TLS against the system's certificates. `sslmode=disable|prefer|require` of the URL decides if it is
+/// used; whenever it is, the server's certificate is verified.
+fn tls() -> Result<MakeRustlsConnect> {
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(|e| Error::Setup(format!("tls: {e}")))?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    Ok(MakeRustlsConnect::new(config))
+}
+

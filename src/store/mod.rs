@@ -1,0 +1,215 @@
+//! The only place that speaks SQL: one method a verb, each one call of the SQL protocol.
+//!
+//! Every call has a deadline. One that runs out closes its connection, because nobody knows what the
+//! server is still doing on it.
+
+mod connect;
+mod migrate;
+mod queries;
+mod read;
+mod rows;
+mod tid;
+
+use std::ops::AsyncFnOnce;
+use std::sync::Arc;
+use std::time::Duration;
+
+use deadpool_postgres::{Object, Pool};
+use tokio_postgres::Client;
+use tokio_postgres::types::Type;
+
+pub use connect::Target;
+pub use migrate::{Migrated, VERSION, script};
+pub(crate) use queries::{Queries, quote};
+pub use read::{Filter, JobRow, LiveCount, NodeRow};
+pub use rows::{Claim, Claimed, Mark, Settlement};
+pub use tid::Tid;
+
+use crate::error::{Error, Result};
+
+/// A call that was not answered after this long is given up and its connection closed.
+const DEADLINE: Duration = Duration::from_secs(15);
+
+/// A database with pgcue's schema in it. Cheap to clone.
+#[derive(Clone)]
+pub struct Store {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    target: Target,
+    pool: Pool,
+    schema: String,
+    queries: Queries,
+}
+
+/// What a heartbeat found.
+#[derive(Debug)]
+pub struct Extended {
+    /// False if the reaper ended the lease.
+    pub alive: bool,
+    /// The tokens of the lease's open claims.
+    pub open_claims: Vec<i64>,
+    /// Running jobs that should be cancelled.
+    pub cancelled: Vec<i64>,
+}
+
+/// What a pass of the reaper did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reaped {
+    /// Leases that ended.
+    pub ended: i32,
+    /// Jobs that were given back or finished as lost.
+    pub moved: i32,
+    /// Jobs that another transaction holds locked; a later pass takes them.
+    pub stuck: i32,
+}
+
+impl Store {
+    /// A store over a pool of at most `connections`. Connects when it is first used.
+    pub fn new(target: Target, schema: &str, connections: usize) -> Self {
+        let pool = target.pool(connections);
+        Store { inner: Arc::new(Inner { target, pool, schema: schema.into(), queries: Queries::new(schema) }) }
+    }
+
+    /// The schema's name; also the channel of its notifications.
+    pub fn schema(&self) -> &str {
+        &self.inner.schema
+    }
+
+    /// Where the database is.
+    pub fn target(&self) -> &Target {
+        &self.inner.target
+    }
+
+    pub(crate) fn queries(&self) -> &Queries {
+        &self.inner.queries
+    }
+
+    /// A connection of the pool.
+    pub async fn connection(&self) -> Result<Object> {
+        self.inner.pool.get().await.map_err(|e| self.inner.target.explain_pool(e))
+    }
+
+    /// Run one call on a pooled connection, with the deadline.
+    async fn call<T>(
+        &self,
+        call: impl AsyncFnOnce(&Client, &Queries) -> Result<T, tokio_postgres::Error>,
+    ) -> Result<T> {
+        let connection = self.connection().await?;
+        match tokio::time::timeout(DEADLINE, call(&connection, &self.inner.queries)).await {
+            Ok(result) => Ok(result?),
+            Err(_) => {
+                drop(Object::take(connection));
+                Err(Error::Deadline(DEADLINE))
+            }
+        }
+    }
+
+    /// Create or upgrade the schema.
+    pub async fn migrate(&self) -> Result<Migrated> {
+        migrate::migrate(&mut *self.connection().await?, self.schema()).await
+    }
+
+    /// Refuse a schema that is missing or newer than this program, and a server that is read only.
+    pub async fn check_schema(&self) -> Result<()> {
+        let connection = self.connection().await?;
+        migrate::check(self.schema(), migrate::version(&connection, self.schema()).await?)?;
+        let sql = "select pg_is_in_recovery() or current_setting('transaction_read_only') = 'on'";
+        match connection.query_typed(sql, &[]).await?[0].get(0) {
+            true => Err(Error::ReadOnly),
+            false => Ok(()),
+        }
+    }
+
+    /// Begin a lease of `ttl` for a node.
+    pub async fn begin_lease(&self, lease: i64, node: &str, ttl: Duration) -> Result<()> {
+        self.call(async |c, q| {
+            let ttl = ttl.as_secs_f64();
+            c.query_typed(&q.begin_lease, &[(&lease, Type::INT8), (&node, Type::TEXT), (&ttl, Type::FLOAT8)]).await
+        })
+        .await?;
+        Ok(())
+    }
+
+    /// The heartbeat.
+    pub async fn extend(&self, lease: i64, ttl: Duration) -> Result<Extended> {
+        self.call(async |c, q| {
+            let row = c.query_typed(&q.extend, &[(&lease, Type::INT8), (&ttl.as_secs_f64(), Type::FLOAT8)]).await?;
+            Ok(Extended { alive: row[0].get(0), open_claims: row[0].get(1), cancelled: row[0].get(2) })
+        })
+        .await
+    }
+
+    /// Give back all that a lease holds, and end it. Returns how many jobs went back.
+    pub async fn end_lease(&self, lease: i64) -> Result<i32> {
+        self.call(async |c, q| Ok(c.query_typed(&q.end_lease, &[(&lease, Type::INT8)]).await?[0].get(0))).await
+    }
+
+    /// Give back what is left of one claim, uncounted. Returns how many jobs went back.
+    pub async fn give_back(&self, token: i64) -> Result<i32> {
+        self.call(async |c, q| Ok(c.query_typed(&q.give_back, &[(&token, Type::INT8)]).await?[0].get(0))).await
+    }
+
+    /// One pass of the reaper.
+    pub async fn reap(&self) -> Result<Reaped> {
+        self.call(async |c, q| {
+            let row = c.query_typed(&q.reap, &[]).await?;
+            Ok(Reaped { ended: row[0].get(0), moved: row[0].get(1), stuck: row[0].get(2) })
+        })
+        .await
+    }
+
+    /// Take jobs out of the line.
+    pub async fn claim(&self, claim: &Claim<'_>) -> Result<Claimed> {
+        let lanes: Vec<i16> = claim.marks.iter().map(|m| m.priority).collect();
+        let marks: Vec<i64> = claim.marks.iter().map(|m| m.pos).collect();
+        let kinds: Vec<&str> = claim.kinds.iter().map(|kind| &**kind).collect();
+        let rows = self
+            .call(async |c, q| {
+                c.query_typed(
+                    &q.claim,
+                    &[
+                        (&claim.lease, Type::INT8),
+                        (&claim.token, Type::INT8),
+                        (&&**claim.queue, Type::TEXT),
+                        (&kinds, Type::TEXT_ARRAY),
+                        (&(claim.max_jobs as i32), Type::INT4),
+                        (&(claim.run_length as i32), Type::INT4),
+                        (&lanes, Type::INT2_ARRAY),
+                        (&marks, Type::INT8_ARRAY),
+                    ],
+                )
+                .await
+            })
+            .await?;
+        Ok(Claimed::read(&rows, claim))
+    }
+
+    /// Record how attempts ended. Returns the ids that were refused: their lease was lost.
+    pub async fn settle(&self, ended: &[Settlement]) -> Result<Vec<i64>> {
+        let columns = rows::Columns::of(ended);
+        self.call(async |c, q| Ok(c.query_typed(&q.settle, &columns.params()).await?[0].get(0))).await
+    }
+
+    /// Move due jobs into the line: how many, and how long until the next one is due.
+    pub async fn promote(&self, max_jobs: i32) -> Result<(i32, Option<Duration>)> {
+        self.call(async |c, q| {
+            let row = c.query_typed(&q.promote, &[(&max_jobs, Type::INT4)]).await?;
+            let due: Option<f64> = row[0].get(1);
+            Ok((row[0].get(0), due.map(|ms| Duration::from_secs_f64(ms.clamp(0.0, 1e12) / 1000.0))))
+        })
+        .await
+    }
+
+    /// Make partitions ahead and drop old ones. Returns the days ahead that exist; none if another
+    /// node is at it.
+    pub async fn tend_history(&self, keep_days: i32) -> Result<Option<i32>> {
+        self.call(async |c, q| Ok(c.query_typed(&q.tend_history, &[(&keep_days, Type::INT4)]).await?[0].get(0))).await
+    }
+
+    /// Cancel a live job: `cancelled`, `requested` if it runs, none if no such job lives.
+    pub async fn cancel(&self, id: i64) -> Result<Option<String>> {
+        self.call(async |c, q| Ok(c.query_typed(&q.cancel, &[(&id, Type::INT8)]).await?[0].get(0))).await
+    }
+}

@@ -1,0 +1,34 @@
+//! The statements, one file each, with the schema's name filled in.
+
+/// Quote an SQL identifier.
+pub(crate) fn quote(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
+}
+
+macro_rules! queries {
+    ($($name:ident),* $(,)?) => {
+        /// Every statement that the store sends, for one schema.
+        #[derive(Debug)]
+        #[allow(missing_docs)]
+        pub struct Queries {
+            $(pub $name: String,)*
+        }
+
+        impl Queries {
+            /// The files say `pgcue.`; this says the configured schema.
+            pub fn new(schema: &str) -> Self {
+                let prefix = format!("{}.", quote(schema));
+                Queries {
+                    $($name: include_str!(concat!("queries/", stringify!($name), ".sql"))
+                        .trim_end()
+                        .replace("pgcue.", &prefix),)*
+                }
+            }
+        }
+    };
+}
+
+queries!(
+    begin_lease, cancel, claim, copy, counts, end_lease, enqueue, extend, finished, give_back, job, jobs,
+    leave_sentry, nodes, promote, reap, settle, stand_sentry, tend_history,
+);

@@ -1,0 +1,1 @@
+select pgcue.begin_lease($1, $2, make_interval(secs => $3))

@@ -1,0 +1,1 @@
+select pgcue.cancel($1)

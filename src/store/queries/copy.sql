@@ -1,0 +1,2 @@
+copy pgcue.jobs (kind, payload, queue, priority, expected_at, run_at, max_attempts, timeout, cursor_key, headers)
+from stdin

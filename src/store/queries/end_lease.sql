@@ -1,0 +1,1 @@
+select pgcue.end_lease($1)

@@ -1,0 +1,1 @@
+select alive, open_claims, cancelled from pgcue.extend($1, make_interval(secs => $2))

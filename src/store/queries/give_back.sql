@@ -1,0 +1,1 @@
+select moved, stuck from pgcue.give_back($1, 'release')

@@ -1,0 +1,1 @@
+select pgcue.leave_sentry($1)

@@ -1,0 +1,1 @@
+select promoted, due_in_ms from pgcue.promote($1)

@@ -1,0 +1,1 @@
+select ended, moved, stuck from pgcue.reap()

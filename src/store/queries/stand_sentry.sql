@@ -1,0 +1,1 @@
+select pgcue.stand_sentry($1)

@@ -1,0 +1,1 @@
+select pgcue.tend_history($1)

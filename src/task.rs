@@ -1,0 +1,43 @@
+//! A type of work: the Rust type whose JSON is a job's payload.
+
+use std::time::Duration;
+
+use serde::{Serialize, de::DeserializeOwned};
+
+use crate::job::NewJob;
+use crate::retry::RetryPolicy;
+
+/// A Rust type that travels as the payload of jobs of one kind.
+///
+/// ```
+/// use pgcue::Task;
+///
+/// #[derive(serde::Serialize, serde::Deserialize)]
+/// struct SendEmail { to: String }
+///
+/// impl Task for SendEmail {
+///     const KIND: &'static str = "send_email";
+/// }
+///
+/// let urgent = SendEmail { to: "a@b.c".into() }.job().priority(10);
+/// ```
+pub trait Task: Serialize + DeserializeOwned + Send + Unpin + 'static {
+    /// The stable name of this type of work, 1 to 512 bytes.
+    const KIND: &'static str;
+    /// The queue that its jobs go to unless the enqueuer says otherwise.
+    const QUEUE: &'static str = "default";
+    /// How many attempts a job gets unless the enqueuer says otherwise.
+    const MAX_ATTEMPTS: u16 = 25;
+    /// How long an attempt may take unless the enqueuer says otherwise; none takes the node's default.
+    const TIMEOUT: Option<Duration> = None;
+
+    /// When a failed attempt runs again.
+    fn retry() -> RetryPolicy {
+        RetryPolicy::default()
+    }
+
+    /// A job that carries this value, to set options on.
+    fn job(self) -> NewJob {
+        NewJob::from(self)
+    }
+}
