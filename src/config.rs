@@ -46,6 +46,10 @@ pub struct Config {
     pub http: Option<String>,
     /// Handle the demo kinds.
     pub demo: bool,
+    /// What to log, as `tracing-subscriber` filters it: `info`, `warn,pgcue=debug`.
+    pub log: String,
+    /// Log JSON, a line an event.
+    pub log_json: bool,
 }
 
 /// What a node does for one queue.
@@ -85,6 +89,8 @@ impl Default for Config {
             history_days: 7,
             http: None,
             demo: false,
+            log: "info,actix_server=warn".into(),
+            log_json: false,
         }
     }
 }
@@ -92,7 +98,7 @@ impl Default for Config {
 /// Every key that may be written, `*` standing for a queue's name.
 const KEYS: &[&str] = &[
     "database_url", "schema", "name", "migrate", "lease", "grace", "timeout", "listen", "poll", "connections",
-    "run_length", "max_payload", "max_result", "history_days", "http", "demo", "queues.*.slots", "queues.*.threads",
+    "run_length", "max_payload", "max_result", "history_days", "http", "demo", "log", "log_json", "queues.*.slots", "queues.*.threads",
 ];
 
 impl Config {
@@ -146,6 +152,10 @@ impl Config {
                 "migrate" => read.flag(key, value, &mut config.migrate),
                 "listen" => read.flag(key, value, &mut config.listen),
                 "demo" => read.flag(key, value, &mut config.demo),
+                "log_json" => read.flag(key, value, &mut config.log_json),
+                "log" => read.set(key, value, &mut config.log, "a filter such as info or warn,pgcue=debug", |v| {
+                    v.parse::<tracing_subscriber::EnvFilter>().is_ok().then(|| v.to_owned())
+                }),
                 "lease" => read.time(key, value, &mut config.lease, "3s", "1h"),
                 "grace" => read.time(key, value, &mut config.grace, "0s", "24h"),
                 "timeout" => read.time(key, value, &mut config.timeout, "1ms", "8760h"),

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use actix::{Actor, Addr, Handler};
 
+use crate::actors::backlog::Outbox;
 use crate::actors::bell::Bell;
 use crate::actors::completer::Completer;
 use crate::actors::dispatcher::{Dispatcher, Resting};
@@ -121,8 +122,11 @@ impl Node {
         let keeper =
             LeaseKeeper::begin(store.clone(), config.name.clone(), config.lease, metrics.clone(), bell.clone()).await?;
         let lease = keeper.lease();
-        let completer =
-            Completer::new(store.clone(), lease.clone(), metrics.clone(), bell.clone(), config.max_result).start();
+        let outbox = Arc::new(Outbox::default());
+        let completer = Completer::new(
+            store.clone(), lease.clone(), metrics.clone(), bell.clone(), Arc::clone(&outbox), config.max_result,
+        )
+        .start();
         let handlers = Arc::new(handlers);
         let pools: HashMap<Arc<str>, Addr<WorkerPool>> = config
             .queues
@@ -131,7 +135,8 @@ impl Node {
                 let name: Arc<str> = name.as_str().into();
                 let (handlers, completer, metrics) = (Arc::clone(&handlers), completer.clone(), metrics.clone());
                 let pool = WorkerPool::new(
-                    Arc::clone(&name), queue.clone(), handlers, completer, metrics, bell.clone(), config.timeout,
+                    Arc::clone(&name), queue.clone(), handlers, completer, Arc::clone(&outbox), metrics, bell.clone(),
+                    config.timeout,
                 );
                 (name, pool.start())
             })

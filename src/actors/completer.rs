@@ -10,9 +10,10 @@ use futures_util::future::LocalBoxFuture;
 use prometheus::{Histogram, IntCounter};
 use tokio::sync::oneshot;
 
+use super::backlog::Outbox;
 use super::bell::Bell;
 use super::lease::Lease;
-use super::messages::{Cause, Ended, EndedAttempt, Flush, Observe, Observed};
+use super::messages::{Cause, Collect, EndedAttempt, Flush, Observe, Observed};
 use crate::error::{Result, shorten};
 use crate::lifecycle::{Settled, Verdict};
 use crate::metrics::Metrics;
@@ -32,6 +33,7 @@ pub(crate) struct Completer {
     settling: usize,
     flushed: Vec<oneshot::Sender<()>>,
     bell: Bell,
+    outbox: Arc<Outbox>,
 }
 
 /// The metrics of one kind, looked up once.
@@ -41,9 +43,9 @@ struct KindMetrics {
 }
 
 impl Completer {
-    pub(crate) fn new(store: Store, lease: Lease, metrics: Metrics, bell: Bell, max_result: usize) -> Self {
+    pub(crate) fn new(store: Store, lease: Lease, metrics: Metrics, bell: Bell, outbox: Arc<Outbox>, max_result: usize) -> Self {
         Completer {
-            store, lease, metrics, bell, max_result,
+            store, lease, metrics, bell, outbox, max_result,
             kinds: HashMap::new(), pending: Vec::new(), settling: 0, flushed: Vec::new(),
         }
     }
@@ -153,17 +155,13 @@ async fn attempt(store: &Store, batch: &[Settlement]) -> Result<usize> {
 
 impl Actor for Completer {
     type Context = Context<Self>;
-
-    fn started(&mut self, ctx: &mut Self::Context) {
-        ctx.set_mailbox_capacity(1 << 16);
-    }
 }
 
-impl Handler<Ended> for Completer {
+impl Handler<Collect> for Completer {
     type Result = ();
 
-    fn handle(&mut self, Ended(ended): Ended, ctx: &mut Self::Context) {
-        for mut attempt in ended {
+    fn handle(&mut self, _: Collect, ctx: &mut Self::Context) {
+        for mut attempt in self.outbox.collect() {
             self.measure(&attempt);
             self.bound(&mut attempt.settlement);
             self.pending.push(attempt.settlement);

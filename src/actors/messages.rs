@@ -66,10 +66,10 @@ pub struct Wanted {
 #[rtype(result = "()")]
 pub struct Run(pub Vec<Vec<ClaimedJob>>);
 
-/// Worker to Completer: how the attempts of one run ended.
+/// To the Completer: attempts ended, collect them from the outbox.
 #[derive(Message)]
 #[rtype(result = "()")]
-pub struct Ended(pub Vec<EndedAttempt>);
+pub struct Collect;
 
 /// One attempt that ended.
 #[derive(Debug)]

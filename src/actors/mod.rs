@@ -1,6 +1,7 @@
 //! The actors of a node. They carry; what to do is decided by the pure modules, and what is written
 //! by the store. [`crate::node`] is the only place that builds and wires them.
 
+pub(crate) mod backlog;
 pub(crate) mod bell;
 pub(crate) mod completer;
 pub(crate) mod dispatcher;

@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 use actix::{Actor, Addr, AsyncContext, Context, WrapFuture};
 use tracing::Instrument;
 
+use super::backlog::{Backlog, JobRun, Outbox};
 use super::bell::Bell;
 use super::completer::Completer;
-use super::messages::{Cause, Ended, EndedAttempt};
+use super::messages::{Cause, EndedAttempt};
 use super::supervisor::{Handlers, Runners};
 use crate::job::ClaimedJob;
 use crate::lifecycle::{End, Settled, judge};
@@ -21,9 +22,8 @@ use crate::store::Settlement;
 /// What the slots of one pool share.
 pub(crate) struct Shared {
     pub(crate) handlers: Arc<Handlers>,
-    pub(crate) backlog: async_channel::Receiver<Vec<ClaimedJob>>,
-    /// Jobs in the backlog (a run may be many).
-    pub(crate) waiting: AtomicUsize,
+    pub(crate) backlog: Backlog,
+    pub(crate) outbox: Arc<Outbox>,
     pub(crate) busy: AtomicUsize,
     /// Mean run in nanoseconds, moving.
     pub(crate) mean_run: AtomicU64,
@@ -38,16 +38,16 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    fn took(&self, jobs: usize) {
-        self.waiting.fetch_sub(jobs, Ordering::AcqRel);
-        self.ask_if_hungry();
+    /// Hand attempts that ended to the Completer.
+    pub(crate) fn ended(&self, ended: Vec<EndedAttempt>) {
+        self.outbox.add(ended, &self.completer);
     }
 
     /// Wake the dispatcher if it waits for the backlog to shrink this far.
     fn ask_if_hungry(&self) {
         let below = self.hungry_below.load(Ordering::Acquire);
         if below != usize::MAX
-            && self.waiting.load(Ordering::Acquire) <= below
+            && self.backlog.jobs() <= below
             && self.hungry_below.swap(usize::MAX, Ordering::AcqRel) != usize::MAX
         {
             self.bell.wake(&self.queue, Cause::Slots);
@@ -143,13 +143,13 @@ impl Actor for Worker {
 /// Take runs until the backlog closes or the pool has given this slot up.
 async fn work(shared: Arc<Shared>, current: Arc<Current>) {
     let mut runners = Runners::new(Arc::clone(&shared.handlers));
-    while let Ok(run) = shared.backlog.recv().await {
+    while let Some(run) = shared.backlog.take().await {
         shared.busy.fetch_add(1, Ordering::AcqRel);
-        shared.took(run.len());
+        shared.ask_if_hungry();
         let Some(ended) = execute(run, &shared, &current, &mut runners).await else {
             return; // given up; the pool has settled the run and rebuilt the slot
         };
-        shared.completer.do_send(Ended(ended));
+        shared.ended(ended);
         shared.busy.fetch_sub(1, Ordering::AcqRel);
         shared.ask_if_hungry();
         // Handlers that never wait must not keep other slots of the thread from their turn.
@@ -159,7 +159,7 @@ async fn work(shared: Arc<Shared>, current: Arc<Current>) {
 
 /// Make the attempts of one run. None if the pool took the attempt away.
 async fn execute(
-    run: Vec<ClaimedJob>, shared: &Shared, current: &Current, runners: &mut Runners,
+    run: JobRun, shared: &Shared, current: &Current, runners: &mut Runners,
 ) -> Option<Vec<EndedAttempt>> {
     let mut ended = Vec::with_capacity(run.len());
     let mut rest = run.into_iter();

@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 
 use actix::{Actor, ActorFutureExt, Addr, Arbiter, AsyncContext, Context, Handler, ResponseActFuture, ResponseFuture, WrapFuture};
 
+use super::backlog::{Backlog, Outbox};
 use super::bell::Bell;
 use super::completer::Completer;
-use super::messages::{Cancel, Demand, DrainPool, Ended, LeaseLost, Observe, Observed, Run, Wanted};
+use super::messages::{Cancel, Demand, DrainPool, LeaseLost, Observe, Observed, Run, Wanted};
 use super::supervisor::Handlers;
 use super::worker::{Attempt, Current, Shared, Worker, settlement};
 use crate::config::QueueConfig;
@@ -31,7 +32,6 @@ pub(crate) struct WorkerPool {
     queue: Arc<str>,
     config: QueueConfig,
     shared: Arc<Shared>,
-    backlog: async_channel::Sender<Vec<ClaimedJob>>,
     slots: Vec<Slot>,
 }
 
@@ -52,14 +52,13 @@ impl Drop for Thread {
 
 impl WorkerPool {
     pub(crate) fn new(
-        queue: Arc<str>, config: QueueConfig, handlers: Arc<Handlers>, completer: Addr<Completer>, metrics: Metrics,
-        bell: Bell, timeout: Duration,
+        queue: Arc<str>, config: QueueConfig, handlers: Arc<Handlers>, completer: Addr<Completer>, outbox: Arc<Outbox>,
+        metrics: Metrics, bell: Bell, timeout: Duration,
     ) -> Self {
-        let (backlog, receiver) = async_channel::unbounded();
         let shared = Arc::new(Shared {
             handlers,
-            backlog: receiver,
-            waiting: AtomicUsize::new(0),
+            backlog: Backlog::default(),
+            outbox,
             busy: AtomicUsize::new(0),
             mean_run: AtomicU64::new(FIRST_MEAN.as_nanos() as u64),
             hungry_below: AtomicUsize::new(usize::MAX),
@@ -69,7 +68,7 @@ impl WorkerPool {
             metrics,
             timeout,
         });
-        WorkerPool { queue, config, shared, backlog, slots: Vec::new() }
+        WorkerPool { queue, config, shared, slots: Vec::new() }
     }
 
     fn shared(&self) -> Arc<Shared> {
@@ -92,34 +91,20 @@ impl WorkerPool {
             tracing::error!(queue = &*self.queue, job = attempt.job.meta.id, "a handler blocks its thread; the slot is rebuilt");
             attempt.job.meta.cancelled.cancel();
             let limit = attempt.limit;
-            self.shared.completer.do_send(Ended(attempt.end(End::Froze(limit), &self.shared.handlers)));
+            self.shared.ended(attempt.end(End::Froze(limit), &self.shared.handlers));
             self.shared.busy.fetch_sub(1, Ordering::AcqRel);
             self.shared.metrics.rebuilt.with_label_values(&[&*self.queue, "freeze"]).inc();
             self.slots[slot] = self.open(Rc::new(Thread(Arbiter::new())));
         }
-        let shares_threads = self.config.threads < self.config.slots;
-        if shares_threads && self.shared.waiting.load(Ordering::Acquire) > 0 {
-            // A free slot on a blocked thread may have been told of a run: an empty one tells another.
-            let _ = self.backlog.try_send(Vec::new());
-        }
+        self.shared.backlog.nudge();
         let busy = self.shared.busy.load(Ordering::Acquire);
         self.shared.metrics.slots.with_label_values(&[&*self.queue, "busy"]).set(busy as i64);
         self.shared.metrics.slots.with_label_values(&[&*self.queue, "free"]).set(self.config.slots.saturating_sub(busy) as i64);
     }
 
-    /// Empty the backlog; what was in it has not started.
-    fn take_backlog(&self) -> Vec<ClaimedJob> {
-        let mut jobs = Vec::new();
-        while let Ok(run) = self.shared.backlog.try_recv() {
-            self.shared.waiting.fetch_sub(run.len(), Ordering::AcqRel);
-            jobs.extend(run);
-        }
-        jobs
-    }
-
     fn give_back(&self, jobs: Vec<ClaimedJob>) {
         let ended = jobs.into_iter().map(|job| settlement(job, End::Released, None, &self.shared.handlers)).collect();
-        self.shared.completer.do_send(Ended(ended));
+        self.shared.ended(ended);
     }
 }
 
@@ -134,7 +119,7 @@ impl Actor for WorkerPool {
     }
 
     fn stopped(&mut self, _: &mut Self::Context) {
-        self.backlog.close();
+        self.shared.backlog.close();
     }
 }
 
@@ -144,13 +129,14 @@ impl Handler<Demand> for WorkerPool {
     fn handle(&mut self, _: Demand, _: &mut Self::Context) -> Wanted {
         let shared = &self.shared;
         let mean_run = Duration::from_nanos(shared.mean_run.load(Ordering::Relaxed));
-        let waiting = shared.waiting.load(Ordering::Acquire);
+        let waiting = shared.backlog.jobs();
         let busy = shared.busy.load(Ordering::Acquire);
         let jobs = pacing::demand(self.config.slots, busy, waiting, mean_run);
         if jobs == 0 {
             // Promise a wake-up first, then look again: a slot may have come free in between.
             shared.hungry_below.store(waiting / 2, Ordering::Release);
-            let jobs = pacing::demand(self.config.slots, shared.busy.load(Ordering::Acquire), shared.waiting.load(Ordering::Acquire), mean_run);
+            let busy = shared.busy.load(Ordering::Acquire);
+            let jobs = pacing::demand(self.config.slots, busy, shared.backlog.jobs(), mean_run);
             return Wanted { jobs, mean_run };
         }
         shared.hungry_below.store(usize::MAX, Ordering::Release);
@@ -162,11 +148,8 @@ impl Handler<Run> for WorkerPool {
     type Result = ();
 
     fn handle(&mut self, Run(runs): Run, _: &mut Self::Context) {
-        self.shared.waiting.fetch_add(runs.iter().map(Vec::len).sum(), Ordering::AcqRel);
-        for run in runs {
-            if let Err(closed) = self.backlog.try_send(run) {
-                self.give_back(closed.into_inner());
-            }
+        if let Err(runs) = self.shared.backlog.add(runs) {
+            self.give_back(runs.into_iter().flatten().collect());
         }
     }
 }
@@ -185,7 +168,7 @@ impl Handler<LeaseLost> for WorkerPool {
     type Result = ();
 
     fn handle(&mut self, _: LeaseLost, _: &mut Self::Context) {
-        drop(self.take_backlog()); // others run them now
+        drop(self.shared.backlog.empty()); // others run them now
         for slot in &self.slots {
             slot.current.cancel_if(|_| true);
         }
@@ -196,8 +179,8 @@ impl Handler<DrainPool> for WorkerPool {
     type Result = ResponseActFuture<Self, usize>;
 
     fn handle(&mut self, DrainPool { grace }: DrainPool, _: &mut Self::Context) -> Self::Result {
-        self.give_back(self.take_backlog());
-        self.backlog.close();
+        self.shared.backlog.close();
+        self.give_back(self.shared.backlog.empty());
         let shared = self.shared();
         let deadline = Instant::now() + grace;
         let wait: ResponseFuture<()> = Box::pin(async move {
@@ -211,7 +194,7 @@ impl Handler<DrainPool> for WorkerPool {
                 if let Some(attempt) = slot.current.take_if(|_| true) {
                     attempt.job.meta.cancelled.cancel();
                     tracing::warn!(job = attempt.job.meta.id, "the grace period is over; the job is given back");
-                    pool.shared.completer.do_send(Ended(attempt.end(End::Released, &pool.shared.handlers)));
+                    pool.shared.ended(attempt.end(End::Released, &pool.shared.handlers));
                     given_back += 1;
                 }
             }
@@ -225,7 +208,7 @@ impl Handler<Observe> for WorkerPool {
 
     fn handle(&mut self, _: Observe, _: &mut Self::Context) -> Observed {
         let busy = self.shared.busy.load(Ordering::Acquire);
-        let state = if self.backlog.is_closed() { "drained" } else { "open" };
-        Observed { state: state.into(), load: busy + self.shared.waiting.load(Ordering::Acquire) }
+        let state = if self.shared.backlog.is_closed() { "drained" } else { "open" };
+        Observed { state: state.into(), load: busy + self.shared.backlog.jobs() }
     }
 }

@@ -95,12 +95,6 @@ pub fn main() -> ExitCode {
             return if error.use_stderr() { 64.into() } else { 0.into() };
         }
     };
-    tracing_subscriber::fmt()
-        .with_env_filter(
-            tracing_subscriber::EnvFilter::try_from_env("PGCUE_LOG").unwrap_or_else(|_| "info,actix_server=warn".into()),
-        )
-        .with_writer(std::io::stderr)
-        .init();
     match actix_rt::System::new().block_on(run(cli)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -130,6 +124,16 @@ async fn run(cli: Cli) -> Result<()> {
         Command::Enqueue(enqueue) => enqueue.run(&common).await,
         Command::Jobs(jobs) => jobs.run(&common).await,
         Command::Status(status) => status.run(&common).await,
+    }
+}
+
+/// Log to standard error, as the configuration says.
+fn start_logging(config: &Config) {
+    let log = tracing_subscriber::fmt().with_env_filter(&config.log).with_writer(std::io::stderr);
+    if config.log_json {
+        log.json().init();
+    } else {
+        log.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init();
     }
 }
 

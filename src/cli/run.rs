@@ -48,6 +48,7 @@ impl Run {
             println!("the configuration is valid");
             return Ok(());
         }
+        super::start_logging(&config);
         Node::new(config).await?.run().await
     }
 }

@@ -1,0 +1,123 @@
+//! The two lists that a pool's threads share: claimed runs that wait for a slot, and attempts that
+//! ended and wait to be settled. Both pass many entries for one wake-up: handing over a job must cost
+//! no more than a job that does nothing.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use actix::Addr;
+use tokio::sync::Notify;
+
+use super::completer::Completer;
+use super::messages::{Collect, EndedAttempt};
+use crate::job::ClaimedJob;
+
+/// Consecutive jobs of one cursor, or one job.
+pub(crate) type JobRun = Vec<ClaimedJob>;
+
+/// Claimed runs, in order.
+#[derive(Default)]
+pub(crate) struct Backlog {
+    runs: Mutex<VecDeque<JobRun>>,
+    /// Jobs in it (a run may be many).
+    jobs: AtomicUsize,
+    idle: Notify,
+    closed: AtomicBool,
+}
+
+impl Backlog {
+    /// Add runs and wake a slot. Hands them back if the backlog is closed.
+    pub(crate) fn add(&self, runs: Vec<JobRun>) -> Result<(), Vec<JobRun>> {
+        let mut queue = lock(&self.runs);
+        if self.is_closed() {
+            return Err(runs);
+        }
+        self.jobs.fetch_add(runs.iter().map(Vec::len).sum(), Ordering::AcqRel);
+        queue.extend(runs);
+        drop(queue);
+        self.idle.notify_one();
+        Ok(())
+    }
+
+    /// Take the next run; wait if there is none. None when the backlog is closed.
+    pub(crate) async fn take(&self) -> Option<JobRun> {
+        loop {
+            if let Some(run) = self.pop() {
+                if self.jobs() > 0 {
+                    self.idle.notify_one(); // each slot that starts wakes the next
+                }
+                return Some(run);
+            }
+            if self.is_closed() {
+                self.idle.notify_one();
+                return None;
+            }
+            self.idle.notified().await;
+        }
+    }
+
+    fn pop(&self) -> Option<JobRun> {
+        let run = lock(&self.runs).pop_front()?;
+        self.jobs.fetch_sub(run.len(), Ordering::AcqRel);
+        Some(run)
+    }
+
+    /// Take all that is left; it has not started.
+    pub(crate) fn empty(&self) -> Vec<ClaimedJob> {
+        let runs = std::mem::take(&mut *lock(&self.runs));
+        let jobs: Vec<ClaimedJob> = runs.into_iter().flatten().collect();
+        self.jobs.fetch_sub(jobs.len(), Ordering::AcqRel);
+        jobs
+    }
+
+    /// Slots end when they next look for a run.
+    pub(crate) fn close(&self) {
+        let guard = lock(&self.runs);
+        self.closed.store(true, Ordering::Release);
+        drop(guard);
+        self.idle.notify_one();
+    }
+
+    pub(crate) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
+    }
+
+    /// How many jobs wait.
+    pub(crate) fn jobs(&self) -> usize {
+        self.jobs.load(Ordering::Acquire)
+    }
+
+    /// Wake one more slot: the one that was woken may be on a blocked thread.
+    pub(crate) fn nudge(&self) {
+        if self.jobs() > 0 {
+            self.idle.notify_one();
+        }
+    }
+}
+
+/// Attempts that ended, on their way to the Completer.
+#[derive(Default)]
+pub(crate) struct Outbox(Mutex<Vec<EndedAttempt>>);
+
+impl Outbox {
+    /// Add attempts, and tell the Completer unless it has been told already.
+    pub(crate) fn add(&self, ended: Vec<EndedAttempt>, completer: &Addr<Completer>) {
+        let mut all = lock(&self.0);
+        let first = all.is_empty();
+        all.extend(ended);
+        drop(all);
+        if first {
+            completer.do_send(Collect);
+        }
+    }
+
+    /// All of them.
+    pub(crate) fn collect(&self) -> Vec<EndedAttempt> {
+        std::mem::take(&mut *lock(&self.0))
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
