@@ -31,6 +31,43 @@ fn runs_ahead(mean_run: Duration) -> usize {
     (PREFETCH_HORIZON.as_nanos() / mean_run.as_nanos().max(1)).min(MAX_PREFETCH as u128) as usize
 }
 
+/// Near the end of the line, claims read again what was drawn within this time.
+const TAIL: Duration = Duration::from_millis(100);
+
+/// Where claims go on reading. As long as there is plenty, from the last row that was read. At the end
+/// of the line, from where the reading stood a moment ago: of the rows that arrive there, some commit
+/// later than their neighbours, and lie behind the mark.
+#[derive(Debug)]
+pub struct Marks<M> {
+    last: M,
+    recent: M,
+    older: M,
+    turned: Instant,
+    at_end: bool,
+}
+
+impl<M: Clone + Default> Marks<M> {
+    /// Nothing was read yet.
+    pub fn new(now: Instant) -> Self {
+        Marks { last: M::default(), recent: M::default(), older: M::default(), turned: now, at_end: false }
+    }
+
+    /// Where the next claim reads on.
+    pub fn next(&self) -> M {
+        if self.at_end { self.older.clone() } else { self.last.clone() }
+    }
+
+    /// A claim read until there; to the end of the line or not.
+    pub fn read(&mut self, now: Instant, until: M, at_end: bool) {
+        self.last = until;
+        self.at_end = at_end;
+        if now - self.turned >= TAIL {
+            self.turned = now;
+            self.older = std::mem::replace(&mut self.recent, self.last.clone());
+        }
+    }
+}
+
 /// When a claim reads the line from its start. Watermarks skip what became claimable behind them (a
 /// late commit, a claim that rolled back, a row that was locked); such a full pass finds it.
 #[derive(Debug)]
@@ -92,6 +129,24 @@ mod tests {
             prop_assert!(n <= MAX_CLAIM);
             prop_assert!(n + waiting <= slots + MAX_PREFETCH || n == 0);
         }
+    }
+
+    #[test]
+    fn at_the_end_of_the_line_the_last_moment_is_read_again() {
+        let start = Instant::now();
+        let at = |ms| start + Duration::from_millis(ms);
+        let mut marks = Marks::<u64>::new(start);
+        marks.read(at(1), 10, false);
+        assert_eq!(marks.next(), 10, "plenty: on from the last row");
+        marks.read(at(2), 20, true);
+        assert_eq!(marks.next(), 0, "the end: from a moment ago");
+        marks.read(at(110), 30, true);
+        marks.read(at(150), 40, true);
+        assert_eq!(marks.next(), 0, "30 was reached only 40 ms ago");
+        marks.read(at(220), 50, true);
+        assert_eq!(marks.next(), 30, "more than 100 ms ago");
+        marks.read(at(221), 60, false);
+        assert_eq!(marks.next(), 60);
     }
 
     #[test]

@@ -19,7 +19,8 @@ end $$;
 create or replace function read_line(
   lease bigint, queue text, kinds text[], max_jobs int, cutoff timestamptz,
   inout lanes smallint[], inout marks bigint[],
-  out tids tid[], out keys text[], out at_lane smallint[], out at_pos bigint[], out suspect smallint
+  out tids tid[], out keys text[], out at_lane smallint[], out at_pos bigint[], out suspect smallint,
+  out took_ms float8
 )
 language plpgsql set search_path from current
 set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off
@@ -81,13 +82,15 @@ begin
   end loop;
   lanes := new_lanes;
   marks := new_marks;
+  took_ms := extract(epoch from clock_timestamp() - cutoff) * 1000;
 end $$;
 
 -- Claim up to max_jobs jobs of one queue for a living lease. The token is drawn by the caller, so that
 -- a lost reply can be resolved by it. First a row for each lane that was read, with no id: where the
--- next claim goes on reading it (a hint; without marks a lane is read from its start), and whether
--- rows were seen that another transaction held (look again soon). Then a row for each job, in the order
--- in which they should start; the jobs of one cursor stand together and are one run.
+-- next claim goes on reading it (a hint; without marks a lane is read from its start), whether rows
+-- were seen that another transaction held (look again soon), and in waited_ms how long all the reading
+-- took. Then a row for each job, in the order in which they should start; the jobs of one cursor stand
+-- together and are one run.
 create or replace function claim_lanes(
   lease bigint, token bigint, queue text, kinds text[], max_jobs int, run_length int,
   lanes smallint[], marks bigint[]
@@ -148,7 +151,7 @@ begin
         select min(c.pos) - 1 from unnest(line.keys, line.at_lane, line.at_pos) c(key, lane, pos)
         where c.key = any(runs.no_room) and c.lane = l.lane)),
       contended, null::bigint, null::tid, null::text, null::json, null::smallint, null::smallint, null::bigint,
-      null::json, null::float8, null::text, null::json, null::bigint
+      null::json, line.took_ms, null::text, null::json, null::bigint
     from unnest(line.lanes, line.marks) l(lane, mark);
   if cardinality(chosen) = 0 then
     return;

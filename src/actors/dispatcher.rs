@@ -1,7 +1,7 @@
 //! The dispatcher of one queue: claims what the pool has room for.
 //!
-//! A pass is one claim. It reads each lane from its watermark, or from its start when a full pass is
-//! due (see [`FullPasses`]). Passes follow each other until one brings nothing; then the dispatcher
+//! A pass is one claim. It reads each lane from its watermark (see [`Marks`]), or from its start when a
+//! full pass is due (see [`FullPasses`]). Passes follow each other until one brings nothing; then the dispatcher
 //! asks to rest. As sentry, or guarded by another node's, it makes one more full pass, because jobs
 //! may have arrived before the post was taken, and sleeps if and only if that brings nothing, until a
 //! [`Wake`] or the tick. It stands down as soon as a pass brings jobs: awake nodes need no sentry.
@@ -24,7 +24,7 @@ use super::worker_pool::WorkerPool;
 use crate::error::Error;
 use crate::job::ClaimedJob;
 use crate::metrics::Metrics;
-use crate::pacing::{self, FullPasses};
+use crate::pacing::{self, FullPasses, Marks};
 use crate::store::{Claim, Claimed, Mark, Store};
 
 /// Producers hold the post: look again after this, doubling up to the second.
@@ -50,7 +50,7 @@ pub(crate) struct Dispatcher {
 
 /// What the dispatcher does between messages.
 pub(crate) struct Resting {
-    marks: Vec<Mark>,
+    marks: Marks<Vec<Mark>>,
     passes: FullPasses,
     doing: Doing,
     /// Woken while passing.
@@ -68,7 +68,7 @@ pub(crate) struct Resting {
 impl Default for Resting {
     fn default() -> Self {
         Resting {
-            marks: Vec::new(),
+            marks: Marks::new(Instant::now()),
             passes: FullPasses::new(Instant::now()),
             doing: Doing::Nothing,
             woken: false,
@@ -95,7 +95,7 @@ enum Doing {
 
 /// What a pass came to.
 enum Pass {
-    Claimed { claimed: Claimed, wanted: usize, full: bool, took: Duration },
+    Claimed { claimed: Claimed, wanted: usize, full: bool },
     /// The pool has enough; it will wake us.
     Full,
     /// There is no lease; its keeper will wake us.
@@ -118,7 +118,7 @@ impl Dispatcher {
         self.rest.doing = Doing::Passing;
         self.rest.woken = false;
         let full = self.rest.passes.is_due(Instant::now());
-        let marks = if full { Vec::new() } else { self.rest.marks.clone() };
+        let marks = if full { Vec::new() } else { self.rest.marks.next() };
         let (queue, kinds, pool) = (Arc::clone(&self.queue), Arc::clone(&self.kinds), self.pool.clone());
         let (store, lease, run_length) = (self.store.clone(), self.lease.clone(), self.run_length);
         let pass = async move {
@@ -138,11 +138,10 @@ impl Dispatcher {
                 marks: &marks,
             };
             lease.opens(token);
-            let began = Instant::now();
             match store.claim(&claim).await {
                 Ok(claimed) => {
                     lease.opened(token, claimed.jobs.len());
-                    Pass::Claimed { claimed, wanted: wanted.jobs, full, took: began.elapsed() }
+                    Pass::Claimed { claimed, wanted: wanted.jobs, full }
                 }
                 Err(error) => {
                     // Unknown to the node from now on: if the claim was made, the heartbeat gives it back.
@@ -168,14 +167,14 @@ impl Dispatcher {
                 self.sleep(FAILURE_PAUSE.mul_f64(0.5 + rand::random::<f64>()), ctx);
                 false
             }
-            Pass::Claimed { claimed, wanted, full, took } => {
+            Pass::Claimed { claimed, wanted, full } => {
                 if full {
-                    self.rest.passes.made(now, took);
+                    self.rest.passes.made(now, claimed.reading);
                     self.bell.wake_scheduler(Cause::Tick);
                 }
                 let found = claimed.jobs.len();
                 if !claimed.marks.is_empty() {
-                    self.rest.marks = claimed.marks;
+                    self.rest.marks.read(now, claimed.marks, found < wanted);
                 }
                 if found > 0 {
                     self.start(claimed.jobs);

@@ -44,7 +44,7 @@ impl Shared {
     }
 
     /// Wake the dispatcher if it waits for the backlog to shrink this far.
-    fn ask_if_hungry(&self) {
+    pub(crate) fn ask_if_hungry(&self) {
         let below = self.hungry_below.load(Ordering::Acquire);
         if below != usize::MAX
             && self.backlog.jobs() <= below

@@ -95,6 +95,7 @@ impl WorkerPool {
             self.shared.busy.fetch_sub(1, Ordering::AcqRel);
             self.shared.metrics.rebuilt.with_label_values(&[&*self.queue, "freeze"]).inc();
             self.slots[slot] = self.open(Rc::new(Thread(Arbiter::new())));
+            self.shared.ask_if_hungry();
         }
         self.shared.backlog.nudge();
         let busy = self.shared.busy.load(Ordering::Acquire);

@@ -48,6 +48,8 @@ pub struct Claimed {
     pub marks: Vec<Mark>,
     /// True if rows were seen that another transaction held.
     pub contended: bool,
+    /// How long the database read the line.
+    pub reading: Duration,
 }
 
 /// A JSON column as the text it came with.
@@ -70,11 +72,12 @@ pub(super) fn json<'a>(row: &'a Row, column: impl tokio_postgres::row::RowIndex 
 
 impl Claimed {
     pub(super) fn read(rows: &[Row], claim: &Claim<'_>) -> Self {
-        let mut claimed = Claimed { jobs: Vec::with_capacity(rows.len()), marks: Vec::new(), contended: false };
+        let mut claimed = Claimed { jobs: Vec::with_capacity(rows.len()), marks: Vec::new(), contended: false, reading: Duration::ZERO };
         for row in rows {
             let Some(id) = row.get::<_, Option<i64>>(3) else {
                 claimed.marks.push(Mark { priority: row.get(0), pos: row.get(1) });
                 claimed.contended |= row.get::<_, bool>(2);
+                claimed.reading = Duration::from_secs_f64(row.get::<_, f64>(11).max(0.0) / 1000.0);
                 continue;
             };
             let kind: &str = row.get(5);

@@ -1,0 +1,89 @@
+//! Cursors, as far as a node needs them: one job at a time, in order, with their state.
+
+use std::time::Duration;
+
+use pgcue::{Config, NewJob, Node};
+
+use crate::support::{database, value};
+
+fn append(n: usize, key: &str) -> NewJob {
+    NewJob::new("append", format!("{{\"n\":{n}}}")).cursor(key)
+}
+
+#[actix::test]
+async fn each_cursor_sees_its_jobs_in_order_and_keeps_their_fold() {
+    let db = database().await;
+    let jobs = (0..600).map(|n| append(n, &format!("k{}", n % 7)));
+    db.client.enqueue_many(jobs).await.unwrap();
+    let nodes = [db.demo_node().await.start().await.unwrap(), db.demo_node().await.start().await.unwrap()];
+    let sql = db.sql().await;
+    crate::support::eventually("all done", Duration::from_secs(30), || async {
+        value::<i64>(&sql, "select count(*) from jobs").await == 0
+    })
+    .await;
+    for key in 0..7 {
+        let state: serde_json::Value = value(&sql, &format!("select state from cursors where key = 'k{key}'")).await;
+        let expected: Vec<usize> = (0..600).filter(|n| n % 7 == key).collect();
+        assert_eq!(state, serde_json::json!(expected));
+        let chain = format!("select array_agg(cursor_version order by id) from finished_jobs where cursor_key = 'k{key}'");
+        let chain: Vec<i64> = value(&sql, &chain).await;
+        assert_eq!(chain, (1..=expected.len() as i64).collect::<Vec<_>>(), "versions are 1..n in order");
+    }
+    assert_eq!(value::<i64>(&sql, "select count(*) from cursors where owner is not null or hold is not null").await, 0);
+    for node in nodes {
+        node.drain().await.unwrap();
+    }
+}
+
+#[actix::test]
+async fn a_retrying_job_holds_its_cursor_and_others_do_not_wait() {
+    let db = database().await;
+    let node = db.demo_node().await.start().await.unwrap();
+    let sql = db.sql().await;
+    sql.batch_execute("begin").await.unwrap();
+    sql.batch_execute(
+        "select enqueue('fail', '{\"times\":1}', cursor_key => 'a'); select enqueue('append', '{\"n\":1}', cursor_key => 'a', priority => 9);
+         select enqueue('append', '{\"n\":1}', cursor_key => 'b'); commit",
+    )
+    .await
+    .unwrap();
+    // The job of greater priority goes first, then the failing one holds the cursor until it is done.
+    let late = db.client.enqueue(append(2, "a")).await.unwrap();
+    db.reaches(3, "completed").await;
+    let failing = db.reaches(1, "completed").await;
+    let late = db.reaches(late, "completed").await;
+    assert_eq!(failing.attempt, 2);
+    assert!(late.started_at >= failing.finished_at, "{late:?} before {failing:?}");
+    assert_eq!(value::<serde_json::Value>(&sql, "select state from cursors where key = 'a'").await, serde_json::json!([1, 2]));
+    node.drain().await.unwrap();
+}
+
+#[actix::test]
+async fn failure_keeps_the_state_and_the_cursor_goes_on() {
+    let db = database().await;
+    let node = db.demo_node().await.start().await.unwrap();
+    db.client.enqueue(append(1, "a")).await.unwrap();
+    let bad = db.client.enqueue(NewJob::new("panic", "1").max_attempts(1).cursor("a")).await.unwrap();
+    let last = db.client.enqueue(append(2, "a")).await.unwrap();
+    db.reaches(bad, "failed").await;
+    let last = db.reaches(last, "completed").await;
+    assert_eq!(last.result.unwrap().get(), "2");
+    assert_eq!(last.cursor_snapshot.unwrap().get(), "[1]");
+    assert_eq!(last.cursor_version, Some(2));
+    node.drain().await.unwrap();
+}
+
+#[actix::test]
+async fn a_dead_owner_lets_go_of_its_cursors() {
+    let db = database().await;
+    let sql = db.sql().await;
+    db.client.enqueue_many([append(1, "a"), append(2, "a")]).await.unwrap();
+    sql.batch_execute("select begin_lease(1, 'dead', '1 s'); select claim_lanes(1, 10, 'default', null, 10, 50, '{}', '{}')").await.unwrap();
+    assert_eq!(value::<i64>(&sql, "select count(*) from jobs where token = 10").await, 2, "a run of two");
+    sql.batch_execute("update leases set expires_at = now() - interval '1 s', ttl = '0'").await.unwrap();
+    let config = Config { demo: true, lease: Duration::from_secs(3), ..db.config() };
+    let node = Node::new(config).await.unwrap().start().await.unwrap();
+    let job = db.reaches(2, "completed").await;
+    assert_eq!((job.result.unwrap().get(), job.losses), ("2", 1));
+    node.drain().await.unwrap();
+}
