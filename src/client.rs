@@ -170,7 +170,9 @@ impl Within<'_> {
 /// One line of COPY's text format.
 fn copy_line(out: &mut String, job: &NewJob, now: Timestamp) -> Result<()> {
     let run_at = match job.delay {
-        Some(delay) => now.checked_add(delay).map_err(|e| Error::from(Fault::new("delay", format!("{delay:?}"), e.to_string())))?,
+        Some(delay) => {
+            now.checked_add(delay).map_err(|e| Error::from(Fault::new("delay", format!("{delay:?}"), e.to_string())))?
+        }
         None => job.run_at.unwrap_or(now),
     };
     escaped(out, &job.kind);
@@ -180,12 +182,16 @@ fn copy_line(out: &mut String, job: &NewJob, now: Timestamp) -> Result<()> {
     escaped(out, &job.queue);
     let _ = write!(out, "\t{}\t", job.priority);
     match job.expected_at {
-        Some(at) => { let _ = write!(out, "{at}"); }
+        Some(at) => {
+            let _ = write!(out, "{at}");
+        }
         None => out.push_str("infinity"),
     }
     let _ = write!(out, "\t{run_at}\t{}\t", job.max_attempts);
     match job.timeout {
-        Some(timeout) => { let _ = write!(out, "{} microseconds", timeout.as_micros()); }
+        Some(timeout) => {
+            let _ = write!(out, "{} microseconds", timeout.as_micros());
+        }
         None => out.push_str("\\N"),
     }
     for optional in [&job.cursor_key, &job.headers] {

@@ -44,6 +44,9 @@ pub struct Config {
     pub history_days: u32,
     /// Serve /metrics, /healthz and /readyz here.
     pub http: Option<String>,
+    /// Off only in the tests that show what full passes are for.
+    #[doc(hidden)]
+    pub full_passes: bool,
     /// Handle the demo kinds.
     pub demo: bool,
     /// What to log, as `tracing-subscriber` filters it: `info`, `warn,pgcue=debug`.
@@ -88,6 +91,7 @@ impl Default for Config {
             max_result: 64 << 10,
             history_days: 7,
             http: None,
+            full_passes: true,
             demo: false,
             log: "info,actix_server=warn".into(),
             log_json: false,
@@ -97,26 +101,48 @@ impl Default for Config {
 
 /// Every key that may be written, `*` standing for a queue's name.
 const KEYS: &[&str] = &[
-    "database_url", "schema", "name", "migrate", "lease", "grace", "timeout", "listen", "poll", "connections",
-    "run_length", "max_payload", "max_result", "history_days", "http", "demo", "log", "log_json", "queues.*.slots", "queues.*.threads",
+    "database_url",
+    "schema",
+    "name",
+    "migrate",
+    "lease",
+    "grace",
+    "timeout",
+    "listen",
+    "poll",
+    "connections",
+    "run_length",
+    "max_payload",
+    "max_result",
+    "history_days",
+    "http",
+    "demo",
+    "log",
+    "log_json",
+    "queues.*.slots",
+    "queues.*.threads",
 ];
 
 impl Config {
     /// Merge a TOML file, the `PGCUE_*` environment and flags, in that order, and check the whole.
     /// `PGCUE_QUEUES__EMAILS__SLOTS` is the key `queues.emails.slots`.
-    pub fn load(file: Option<&Path>, environment: impl IntoIterator<Item = (String, String)>, flags: Vec<(String, String)>) -> Result<Self> {
+    pub fn load(
+        file: Option<&Path>,
+        environment: impl IntoIterator<Item = (String, String)>,
+        flags: Vec<(String, String)>,
+    ) -> Result<Self> {
         let mut written = config::Config::builder();
         if let Some(path) = file {
             let text = std::fs::read_to_string(path).map_err(|e| Error::io(path.display().to_string(), e))?;
             written = written.add_source(File::from_str(&text, FileFormat::Toml));
         }
-        let merged = written
-            .build()
-            .map_err(|e| Fault::new("config", file.unwrap_or(Path::new("")).display(), e.to_string().trim().replace('\n', " ")))?;
+        let merged = written.build().map_err(|e| {
+            Fault::new("config", file.unwrap_or(Path::new("")).display(), e.to_string().trim().replace('\n', " "))
+        })?;
         let mut flat = BTreeMap::new();
         flatten("", &merged.cache, &mut flat);
         for (name, value) in environment {
-            if let Some(key) = name.strip_prefix("PGCUE_") {
+            if let Some(key) = name.strip_prefix("PGCUE_").filter(|key| !is_service_link(key)) {
                 flat.insert(key.to_lowercase().replace("__", "."), value);
             }
         }
@@ -194,6 +220,11 @@ impl Config {
             Fault::new("database_url", "not set", "give --database-url, PGCUE_DATABASE_URL or DATABASE_URL").into()
         })
     }
+}
+
+/// Kubernetes sets such variables in pods beside a Service that is called pgcue.
+fn is_service_link(key: &str) -> bool {
+    key == "PORT" || key.starts_with("PORT_") || key.starts_with("SERVICE_")
 }
 
 fn queue_key(key: &str) -> Option<(&str, &str)> {
@@ -274,7 +305,12 @@ mod tests {
     #[test]
     fn later_sources_win() {
         let toml = "lease = '10s'\ngrace = '5s'\nname = 'file'\n[queues.emails]\nslots = 100\n";
-        let config = load(toml, &[("PGCUE_GRACE", "7s"), ("PGCUE_NAME", "env"), ("HOME", "/")], &[("name", "flag")]).unwrap();
+        let config = load(
+            toml,
+            &[("PGCUE_GRACE", "7s"), ("PGCUE_NAME", "env"), ("HOME", "/"), ("PGCUE_PORT", "tcp://10.0.0.1:9187")],
+            &[("name", "flag")],
+        )
+        .unwrap();
         assert_eq!(config.lease, Duration::from_secs(10));
         assert_eq!(config.grace, Duration::from_secs(7));
         assert_eq!(config.name, "flag");
@@ -284,7 +320,8 @@ mod tests {
 
     #[test]
     fn every_fault_is_reported_with_key_value_and_fix() {
-        let error = load("leese = '3s'\nlease = '-1s'\n[queues.a]\nslots = 0\n", &[("PGCUE_HTTP", "here")], &[]).unwrap_err();
+        let error =
+            load("leese = '3s'\nlease = '-1s'\n[queues.a]\nslots = 0\n", &[("PGCUE_HTTP", "here")], &[]).unwrap_err();
         let text = error.to_string();
         for part in [
             "leese is \"3s\": unknown key; did you mean lease?",

@@ -51,7 +51,9 @@ impl PrivateServer {
         let user = rustix::process::geteuid().is_root().then(unprivileged).transpose()?;
         let ephemeral = match data {
             Some(_) => None,
-            None => Some(tempfile::Builder::new().prefix("pgcue-").tempdir().map_err(|e| Error::io("temporary directory", e))?),
+            None => Some(
+                tempfile::Builder::new().prefix("pgcue-").tempdir().map_err(|e| Error::io("temporary directory", e))?,
+            ),
         };
         let home = data.map_or_else(|| ephemeral.as_ref().expect("one of both").path().to_owned(), Path::to_owned);
         std::fs::create_dir_all(&home).map_err(|e| Error::io(home.display().to_string(), e))?;
@@ -60,7 +62,11 @@ impl PrivateServer {
         let data = home.join("data");
         let port = free_port()?;
         let mut server = PrivateServer {
-            bin, data, port, password: String::new(), user,
+            bin,
+            data,
+            port,
+            password: String::new(),
+            user,
             guard: Command::new("true").spawn().map_err(|e| Error::io("true", e))?,
             _ephemeral: ephemeral,
         };
@@ -89,7 +95,8 @@ impl PrivateServer {
         let log = self.data.with_file_name("log");
         let mut command = self.program("pg_ctl");
         command.arg("-D").arg(&self.data).arg("-l").arg(&log).arg("-w").args(arguments);
-        let output = command.stdout(Stdio::null()).stderr(Stdio::piped()).output().map_err(|e| Error::io("pg_ctl", e))?;
+        let output =
+            command.stdout(Stdio::null()).stderr(Stdio::piped()).output().map_err(|e| Error::io("pg_ctl", e))?;
         if output.status.success() {
             return Ok(());
         }
@@ -97,7 +104,10 @@ impl PrivateServer {
         let tail: Vec<&str> = log.lines().rev().take(5).collect();
         let tail: Vec<&str> = tail.into_iter().rev().collect();
         Err(Error::Setup(format!(
-            "pg_ctl {}: {}\n{}", arguments.join(" "), String::from_utf8_lossy(&output.stderr).trim(), tail.join("\n")
+            "pg_ctl {}: {}\n{}",
+            arguments.join(" "),
+            String::from_utf8_lossy(&output.stderr).trim(),
+            tail.join("\n")
         )))
     }
 
@@ -119,7 +129,9 @@ impl PrivateServer {
         let output = initdb.output().map_err(|e| Error::io(self.bin.join("initdb").display().to_string(), e))?;
         if !output.status.success() {
             return Err(Error::Setup(format!(
-                "initdb in {}: {}", home.display(), String::from_utf8_lossy(&output.stderr).trim()
+                "initdb in {}: {}",
+                home.display(),
+                String::from_utf8_lossy(&output.stderr).trim()
             )));
         }
         Ok(password)
@@ -139,7 +151,8 @@ impl PrivateServer {
         let remove = if self._ephemeral.is_some() { format!("rm -rf '{}'", home.display()) } else { ":".into() };
         let stop = format!(
             "cat >/dev/null; '{}' -D '{}' -m fast -w stop >/dev/null 2>&1; {remove}",
-            self.bin.join("pg_ctl").display(), self.data.display()
+            self.bin.join("pg_ctl").display(),
+            self.data.display()
         );
         let mut guard = Command::new("/bin/sh");
         guard.args(["-c", &stop]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).current_dir("/");
@@ -166,7 +179,10 @@ fn find_programs() -> Result<PathBuf> {
         return if complete(&dir) {
             Ok(dir)
         } else {
-            Err(Error::Setup(format!("POSTGRES_BIN is {}: initdb, postgres and pg_ctl are not all there", dir.display())))
+            Err(Error::Setup(format!(
+                "POSTGRES_BIN is {}: initdb, postgres and pg_ctl are not all there",
+                dir.display()
+            )))
         };
     }
     let path = std::env::var_os("PATH").unwrap_or_default();

@@ -41,9 +41,7 @@ pub enum Error {
     #[error("schema {0:?} is not there; run `pgcue migrate`")]
     SchemaMissing(String),
     /// The schema is newer than this program.
-    #[error(
-        "schema {schema:?} is at version {found}, newer than this pgcue knows ({known}); upgrade pgcue"
-    )]
+    #[error("schema {schema:?} is at version {found}, newer than this pgcue knows ({known}); upgrade pgcue")]
     SchemaNewer {
         /// The schema's name.
         schema: String,
@@ -105,11 +103,14 @@ impl Error {
     pub fn is_transient(&self) -> bool {
         match self {
             Error::Connect { .. } | Error::Deadline(_) | Error::ReadOnly => true,
-            Error::Database(e) => e.is_closed() || e.code().is_none_or(|code| {
-                // serialization, deadlock, lock timeout; connection, resources, operator, system.
-                ["40001", "40P01", "55P03"].contains(&code.code())
-                    || ["08", "53", "57", "58"].iter().any(|class| code.code().starts_with(class))
-            }),
+            Error::Database(e) => {
+                e.is_closed()
+                    || e.code().is_none_or(|code| {
+                        // serialization, deadlock, lock timeout; connection, resources, operator, system.
+                        ["40001", "40P01", "55P03"].contains(&code.code())
+                            || ["08", "53", "57", "58"].iter().any(|class| code.code().starts_with(class))
+                    })
+            }
             _ => false,
         }
     }

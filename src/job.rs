@@ -126,7 +126,8 @@ impl NewJob {
             bytes("cursor_key", key, 1024)?;
         }
         if self.payload.len() > max_payload {
-            let fix = format!("the limit is {max_payload} bytes (max_payload); store it elsewhere and enqueue its address");
+            let fix =
+                format!("the limit is {max_payload} bytes (max_payload); store it elsewhere and enqueue its address");
             return Err(Fault::new("payload", format!("{} bytes long", self.payload.len()), fix).into());
         }
         if !(1..=i16::MAX as u16).contains(&self.max_attempts) {
@@ -195,7 +196,11 @@ impl<T> Job<T> {
     /// The cursor's state as a type; none if the cursor has none yet. An error names the path in the
     /// JSON that does not fit.
     pub fn state<S: DeserializeOwned>(&self) -> Result<Option<S>, JobError> {
-        self.meta.cursor_state.as_deref().map(|json| parse(json).map_err(|e| JobError(format!("cursor state: {e}")))).transpose()
+        self.meta
+            .cursor_state
+            .as_deref()
+            .map(|json| parse(json).map_err(|e| JobError(format!("cursor state: {e}"))))
+            .transpose()
     }
 }
 
@@ -246,7 +251,9 @@ mod tests {
     fn a_payload_that_does_not_fit_names_its_path() {
         #[derive(serde::Deserialize, Debug)]
         #[allow(dead_code)]
-        struct Outer { list: Vec<u8> }
+        struct Outer {
+            list: Vec<u8>,
+        }
         let error = parse::<Outer>(r#"{"list":[1,"x"]}"#).unwrap_err();
         assert!(error.starts_with("list[1]: invalid type: string"), "{error}");
     }

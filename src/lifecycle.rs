@@ -52,14 +52,8 @@ pub enum Settled {
 
 impl Settled {
     /// Every outcome.
-    pub const ALL: [Settled; 6] = [
-        Settled::Completed,
-        Settled::Failed,
-        Settled::Cancelled,
-        Settled::Retry,
-        Settled::Snooze,
-        Settled::Release,
-    ];
+    pub const ALL: [Settled; 6] =
+        [Settled::Completed, Settled::Failed, Settled::Cancelled, Settled::Retry, Settled::Snooze, Settled::Release];
 
     /// Its name in SQL and in metrics.
     pub fn as_str(self) -> &'static str {

@@ -29,7 +29,8 @@ pub struct Metrics {
     pub reconnects: IntCounter,
 }
 
-const SECONDS: &[f64] = &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0, 600.0, 3600.0];
+const SECONDS: &[f64] =
+    &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0, 600.0, 3600.0];
 const SIZES: &[f64] = &[1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0];
 
 impl Default for Metrics {
@@ -42,22 +43,62 @@ impl Default for Metrics {
                 metric
             }};
         }
-        let histogram = |name: &str, help: &str, buckets: &[f64]| HistogramOpts::new(name, help).buckets(buckets.to_vec());
+        let histogram =
+            |name: &str, help: &str, buckets: &[f64]| HistogramOpts::new(name, help).buckets(buckets.to_vec());
         Metrics {
-            jobs: register!(IntGaugeVec::new(Opts::new("pgcue_jobs", "Live jobs by queue and state, cluster-wide."), &["queue", "state"])),
-            oldest: register!(GaugeVec::new(Opts::new("pgcue_oldest_ready_seconds", "How long the oldest ready job has been due, cluster-wide."), &["queue"])),
-            claimed: register!(IntCounterVec::new(Opts::new("pgcue_claimed_total", "Jobs claimed by this node."), &["queue"])),
-            finished: register!(IntCounterVec::new(Opts::new("pgcue_attempts_total", "Attempts settled by this node, by outcome."), &["queue", "kind", "outcome"])),
-            wait: register!(HistogramVec::new(histogram("pgcue_wait_seconds", "From when a job could run to its claim.", SECONDS), &["queue"])),
-            run: register!(HistogramVec::new(histogram("pgcue_run_seconds", "How long attempts ran.", SECONDS), &["queue", "kind"])),
-            claim_size: register!(HistogramVec::new(histogram("pgcue_claim_jobs", "Jobs per claim.", SIZES), &["queue"])),
-            settle_size: register!(HistogramVec::new(histogram("pgcue_settle_jobs", "Attempts per settle.", SIZES), &[])),
-            slots: register!(IntGaugeVec::new(Opts::new("pgcue_slots", "Slots of this node by use: busy or free."), &["queue", "use"])),
-            rebuilt: register!(IntCounterVec::new(Opts::new("pgcue_slots_rebuilt_total", "Handlers rebuilt from their factory, by cause."), &["queue", "cause"])),
+            jobs: register!(IntGaugeVec::new(
+                Opts::new("pgcue_jobs", "Live jobs by queue and state, cluster-wide."),
+                &["queue", "state"]
+            )),
+            oldest: register!(GaugeVec::new(
+                Opts::new("pgcue_oldest_ready_seconds", "How long the oldest ready job has been due, cluster-wide."),
+                &["queue"]
+            )),
+            claimed: register!(IntCounterVec::new(
+                Opts::new("pgcue_claimed_total", "Jobs claimed by this node."),
+                &["queue"]
+            )),
+            finished: register!(IntCounterVec::new(
+                Opts::new("pgcue_attempts_total", "Attempts settled by this node, by outcome."),
+                &["queue", "kind", "outcome"]
+            )),
+            wait: register!(HistogramVec::new(
+                histogram("pgcue_wait_seconds", "From when a job could run to its claim.", SECONDS),
+                &["queue"]
+            )),
+            run: register!(HistogramVec::new(
+                histogram("pgcue_run_seconds", "How long attempts ran.", SECONDS),
+                &["queue", "kind"]
+            )),
+            claim_size: register!(HistogramVec::new(
+                histogram("pgcue_claim_jobs", "Jobs per claim.", SIZES),
+                &["queue"]
+            )),
+            settle_size: register!(HistogramVec::new(
+                histogram("pgcue_settle_jobs", "Attempts per settle.", SIZES),
+                &[]
+            )),
+            slots: register!(IntGaugeVec::new(
+                Opts::new("pgcue_slots", "Slots of this node by use: busy or free."),
+                &["queue", "use"]
+            )),
+            rebuilt: register!(IntCounterVec::new(
+                Opts::new("pgcue_slots_rebuilt_total", "Handlers rebuilt from their factory, by cause."),
+                &["queue", "cause"]
+            )),
             leases_lost: register!(IntCounter::new("pgcue_leases_lost_total", "Times that this node lost its lease.")),
-            settles_refused: register!(IntCounter::new("pgcue_settles_refused_total", "Attempts whose settle was refused: their claim was no longer valid.")),
-            reaped: register!(IntCounter::new("pgcue_reaped_jobs_total", "Jobs that this node took back from ended leases.")),
-            wakeups: register!(IntCounterVec::new(Opts::new("pgcue_wakeups_total", "Wake-ups of idle queues, by cause."), &["queue", "cause"])),
+            settles_refused: register!(IntCounter::new(
+                "pgcue_settles_refused_total",
+                "Attempts whose settle was refused: their claim was no longer valid."
+            )),
+            reaped: register!(IntCounter::new(
+                "pgcue_reaped_jobs_total",
+                "Jobs that this node took back from ended leases."
+            )),
+            wakeups: register!(IntCounterVec::new(
+                Opts::new("pgcue_wakeups_total", "Wake-ups of idle queues, by cause."),
+                &["queue", "cause"]
+            )),
             reconnects: register!(IntCounter::new("pgcue_reconnects_total", "Connections of the listener that broke.")),
             registry,
         }

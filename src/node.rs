@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use actix::{Actor, Addr, Handler};
 
-use crate::actors::backlog::Outbox;
+use crate::actors::backlog::{Endings, Outbox};
 use crate::actors::bell::Bell;
 use crate::actors::completer::Completer;
 use crate::actors::dispatcher::{Dispatcher, Resting};
@@ -33,6 +33,9 @@ use crate::outcome::JobResult;
 use crate::store::{Store, Target};
 use crate::task::Task;
 
+/// A drain waits at most this long, each, for claims on their way, for settling and for the lease's end.
+const SETTLING: Duration = Duration::from_secs(4);
+
 /// A node to be: its configuration and its handlers.
 pub struct Node {
     config: Config,
@@ -51,7 +54,8 @@ impl Node {
             store.migrate().await?;
         }
         store.check_schema().await?;
-        let mut node = Node { config, store, handlers: Handlers::default(), metrics: Metrics::default(), fault: None };
+        let handlers = Handlers::new(config.timeout);
+        let mut node = Node { config, store, handlers, metrics: Metrics::default(), fault: None };
         if node.config.demo {
             node = crate::handlers::demo(node);
         }
@@ -104,8 +108,10 @@ impl Node {
     /// grace period, give back the rest uncounted, end the lease.
     pub async fn run_until(self, shutdown: impl Future<Output = ()>) -> Result<()> {
         let running = self.start().await?;
-        shutdown.await;
-        running.drain().await
+        tokio::select! {
+            () = shutdown => running.drain().await,
+            name = running.died() => Err(Error::Setup(format!("the node's {name} died; this is a bug of pgcue"))),
+        }
     }
 
     /// Start without waiting. Must be called inside an actix system.
@@ -124,20 +130,24 @@ impl Node {
         let lease = keeper.lease();
         let outbox = Arc::new(Outbox::default());
         let completer = Completer::new(
-            store.clone(), lease.clone(), metrics.clone(), bell.clone(), Arc::clone(&outbox), config.max_result,
+            store.clone(),
+            lease.clone(),
+            metrics.clone(),
+            bell.clone(),
+            Arc::clone(&outbox),
+            config.max_result,
         )
         .start();
+        let endings = Endings { outbox, completer: completer.clone() };
         let handlers = Arc::new(handlers);
         let pools: HashMap<Arc<str>, Addr<WorkerPool>> = config
             .queues
             .iter()
             .map(|(name, queue)| {
                 let name: Arc<str> = name.as_str().into();
-                let (handlers, completer, metrics) = (Arc::clone(&handlers), completer.clone(), metrics.clone());
-                let pool = WorkerPool::new(
-                    Arc::clone(&name), queue.clone(), handlers, completer, Arc::clone(&outbox), metrics, bell.clone(),
-                    config.timeout,
-                );
+                let (handlers, endings) = (Arc::clone(&handlers), endings.clone());
+                let pool =
+                    WorkerPool::new(Arc::clone(&name), queue.clone(), handlers, endings, metrics.clone(), bell.clone());
                 (name, pool.start())
             })
             .collect();
@@ -166,6 +176,7 @@ impl Node {
                     metrics: metrics.clone(),
                     poll: config.poll,
                     run_length: config.run_length,
+                    full_passes: config.full_passes,
                     rest: Resting::default(),
                 };
                 (Arc::clone(queue), dispatcher.start())
@@ -178,7 +189,9 @@ impl Node {
         let keeper = keeper.keep(pools.values().cloned().collect());
         let reaper = Reaper::new(store.clone(), config.lease, metrics.clone(), bell).start();
         let http = match &config.http {
-            Some(address) => Some(crate::http::serve(address, store.clone(), metrics.clone(), keeper.clone(), scheduler.clone())?),
+            Some(address) => {
+                Some(crate::http::serve(address, store.clone(), metrics.clone(), keeper.clone(), scheduler.clone())?)
+            }
             None => None,
         };
         tracing::info!(node = config.name, queues = ?config.queues.keys().collect::<Vec<_>>(), kinds = kinds.len(), "node started");
@@ -230,17 +243,37 @@ impl Running {
         all
     }
 
+    /// Ready when one of the node's own actors is gone: then the process should end, and be restarted.
+    async fn died(&self) -> &'static str {
+        loop {
+            actix_rt::time::sleep(Duration::from_secs(1)).await;
+            let living = [
+                ("lease keeper", self.keeper.connected()),
+                ("completer", self.completer.connected()),
+                ("scheduler", self.scheduler.connected()),
+                ("reaper", self.reaper.connected()),
+                ("listener", self.listener.as_ref().is_none_or(Addr::connected)),
+                ("dispatcher", self.dispatchers.values().all(Addr::connected)),
+                ("worker pool", self.pools.values().all(Addr::connected)),
+            ];
+            if let Some((name, _)) = living.iter().find(|(_, lives)| !lives) {
+                return name;
+            }
+        }
+    }
+
     /// Drain: see [`Node::run_until`].
     pub async fn drain(self) -> Result<()> {
         tracing::info!(grace = ?self.grace, "draining");
-        for dispatcher in self.dispatchers.values() {
-            let _ = dispatcher.send(Drain).await;
-        }
+        // A claim on its way is waited for, but not for ever: what it brings is then given back.
+        let claims = self.dispatchers.values().map(|dispatcher| dispatcher.send(Drain));
+        let _ = tokio::time::timeout(SETTLING, futures_util::future::join_all(claims)).await;
         let drains = self.pools.values().map(|pool| pool.send(DrainPool { grace: self.grace }));
         let given_back: usize = futures_util::future::join_all(drains).await.into_iter().flatten().sum();
         // Settling waits out an outage, but not for ever: the lease runs out by itself.
-        let flushed = tokio::time::timeout(Duration::from_secs(10), self.completer.send(Flush)).await.is_ok();
-        let ended = self.keeper.send(EndLease).await.unwrap_or(false);
+        let flushed = tokio::time::timeout(SETTLING, self.completer.send(Flush)).await.is_ok();
+        let ended =
+            tokio::time::timeout(SETTLING, self.keeper.send(EndLease)).await.is_ok_and(|ended| ended.unwrap_or(false));
         if let Some(http) = self.http {
             http.stop().await;
         }

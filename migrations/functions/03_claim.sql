@@ -42,6 +42,7 @@ begin
       and (read_line.kinds is null or j.kind = any(read_line.kinds)) and (company = 0 or company = 1 and j.losses = 1)
     order by j.priority desc, j.pos limit 1;
   if found then
+    lanes := null; marks := null; -- no lane was read
     return;
   end if;
 

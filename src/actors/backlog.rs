@@ -4,7 +4,7 @@
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use actix::Addr;
 use tokio::sync::Notify;
@@ -96,25 +96,34 @@ impl Backlog {
     }
 }
 
-/// Attempts that ended, on their way to the Completer.
+/// Attempts that ended and wait to be settled.
 #[derive(Default)]
 pub(crate) struct Outbox(Mutex<Vec<EndedAttempt>>);
 
 impl Outbox {
+    /// All of them.
+    pub(crate) fn collect(&self) -> Vec<EndedAttempt> {
+        std::mem::take(&mut *lock(&self.0))
+    }
+}
+
+/// The way of ended attempts to the Completer.
+#[derive(Clone)]
+pub(crate) struct Endings {
+    pub(crate) outbox: Arc<Outbox>,
+    pub(crate) completer: Addr<Completer>,
+}
+
+impl Endings {
     /// Add attempts, and tell the Completer unless it has been told already.
-    pub(crate) fn add(&self, ended: Vec<EndedAttempt>, completer: &Addr<Completer>) {
-        let mut all = lock(&self.0);
+    pub(crate) fn add(&self, ended: Vec<EndedAttempt>) {
+        let mut all = lock(&self.outbox.0);
         let first = all.is_empty();
         all.extend(ended);
         drop(all);
         if first {
-            completer.do_send(Collect);
+            self.completer.do_send(Collect);
         }
-    }
-
-    /// All of them.
-    pub(crate) fn collect(&self) -> Vec<EndedAttempt> {
-        std::mem::take(&mut *lock(&self.0))
     }
 }
 

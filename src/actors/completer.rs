@@ -43,10 +43,25 @@ struct KindMetrics {
 }
 
 impl Completer {
-    pub(crate) fn new(store: Store, lease: Lease, metrics: Metrics, bell: Bell, outbox: Arc<Outbox>, max_result: usize) -> Self {
+    pub(crate) fn new(
+        store: Store,
+        lease: Lease,
+        metrics: Metrics,
+        bell: Bell,
+        outbox: Arc<Outbox>,
+        max_result: usize,
+    ) -> Self {
         Completer {
-            store, lease, metrics, bell, outbox, max_result,
-            kinds: HashMap::new(), pending: Vec::new(), settling: 0, flushed: Vec::new(),
+            store,
+            lease,
+            metrics,
+            bell,
+            outbox,
+            max_result,
+            kinds: HashMap::new(),
+            pending: Vec::new(),
+            settling: 0,
+            flushed: Vec::new(),
         }
     }
 
@@ -54,7 +69,8 @@ impl Completer {
         let (queue, kind, metrics) = (&ended.queue, &ended.kind, &self.metrics);
         let kind_metrics = self.kinds.entry((Arc::clone(queue), Arc::clone(kind))).or_insert_with(|| KindMetrics {
             run: metrics.run.with_label_values(&[&**queue, &**kind]),
-            outcomes: Settled::ALL.map(|outcome| metrics.finished.with_label_values(&[&**queue, &**kind, outcome.as_str()])),
+            outcomes: Settled::ALL
+                .map(|outcome| metrics.finished.with_label_values(&[&**queue, &**kind, outcome.as_str()])),
         });
         if let Some(ran) = ended.ran {
             kind_metrics.run.observe(ran.as_secs_f64());
@@ -68,7 +84,8 @@ impl Completer {
         let verdict = &mut settlement.verdict;
         if let Some(size) = verdict.result.as_ref().map(String::len).filter(|size| *size > max) {
             verdict.result = None;
-            verdict.error = Some(format!("the result of {size} bytes was dropped: the limit is {max} bytes (max_result)"));
+            verdict.error =
+                Some(format!("the result of {size} bytes was dropped: the limit is {max} bytes (max_result)"));
         }
         if let Some(error) = &mut verdict.error {
             *error = shorten(&error.replace('\0', "\u{fffd}"), max);

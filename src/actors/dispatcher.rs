@@ -9,17 +9,13 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use actix::{
-    Actor, ActorFutureExt, Addr, AsyncContext, Context, Handler, ResponseFuture, SpawnHandle, WrapFuture,
-};
+use actix::{Actor, ActorFutureExt, Addr, AsyncContext, Context, Handler, ResponseFuture, SpawnHandle, WrapFuture};
 use tokio::sync::oneshot;
 
 use super::bell::Bell;
 use super::lease::{Lease, draw};
 use super::listener::Listener;
-use super::messages::{
-    Cause, Demand, Drain, Leave, Observe, Observed, Rest, Run, Standing, Wake,
-};
+use super::messages::{Cause, Demand, Drain, Leave, Observe, Observed, Rest, Run, Standing, Wake};
 use super::worker_pool::WorkerPool;
 use crate::error::Error;
 use crate::job::ClaimedJob;
@@ -45,6 +41,7 @@ pub(crate) struct Dispatcher {
     pub(crate) metrics: Metrics,
     pub(crate) poll: Duration,
     pub(crate) run_length: usize,
+    pub(crate) full_passes: bool,
     pub(crate) rest: Resting,
 }
 
@@ -95,7 +92,11 @@ enum Doing {
 
 /// What a pass came to.
 enum Pass {
-    Claimed { claimed: Claimed, wanted: usize, full: bool },
+    Claimed {
+        claimed: Claimed,
+        wanted: usize,
+        full: bool,
+    },
     /// The pool has enough; it will wake us.
     Full,
     /// There is no lease; its keeper will wake us.
@@ -117,7 +118,7 @@ impl Dispatcher {
         }
         self.rest.doing = Doing::Passing;
         self.rest.woken = false;
-        let full = self.rest.passes.is_due(Instant::now());
+        let full = self.full_passes && self.rest.passes.is_due(Instant::now());
         let marks = if full { Vec::new() } else { self.rest.marks.next() };
         let (queue, kinds, pool) = (Arc::clone(&self.queue), Arc::clone(&self.kinds), self.pool.clone());
         let (store, lease, run_length) = (self.store.clone(), self.lease.clone(), self.run_length);
@@ -168,13 +169,14 @@ impl Dispatcher {
                 false
             }
             Pass::Claimed { claimed, wanted, full } => {
-                if full {
-                    self.rest.passes.made(now, claimed.reading);
-                    self.bell.wake_scheduler(Cause::Tick);
-                }
                 let found = claimed.jobs.len();
+                // Without marks no lane was read: the claim took a suspect, or the queue is paused.
                 if !claimed.marks.is_empty() {
                     self.rest.marks.read(now, claimed.marks, found < wanted);
+                    if full {
+                        self.rest.passes.made(now, claimed.reading);
+                        self.bell.wake_scheduler(Cause::Tick);
+                    }
                 }
                 if found > 0 {
                     self.start(claimed.jobs);
@@ -205,7 +207,9 @@ impl Dispatcher {
         for job in jobs {
             wait.observe(job.waited.as_secs_f64());
             match runs.last_mut() {
-                Some(run) if job.meta.cursor_key.is_some() && run[0].meta.cursor_key == job.meta.cursor_key => run.push(job),
+                Some(run) if job.meta.cursor_key.is_some() && run[0].meta.cursor_key == job.meta.cursor_key => {
+                    run.push(job)
+                }
                 _ => runs.push(vec![job]),
             }
         }

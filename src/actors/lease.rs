@@ -108,9 +108,7 @@ enum Beat {
 
 impl LeaseKeeper {
     /// Begin the first lease; a node does not start without.
-    pub(crate) async fn begin(
-        store: Store, node: String, ttl: Duration, metrics: Metrics, bell: Bell,
-    ) -> Result<Self> {
+    pub(crate) async fn begin(store: Store, node: String, ttl: Duration, metrics: Metrics, bell: Bell) -> Result<Self> {
         let confirmed = since_boot();
         let lease = Lease::default();
         let id = draw();

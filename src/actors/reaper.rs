@@ -40,7 +40,12 @@ impl Reaper {
             match reaped {
                 Ok(reaped) => {
                     if reaped.ended > 0 || reaped.stuck > 0 {
-                        tracing::warn!(leases = reaped.ended, jobs = reaped.moved, stuck = reaped.stuck, "took back jobs of dead nodes");
+                        tracing::warn!(
+                            leases = reaped.ended,
+                            jobs = reaped.moved,
+                            stuck = reaped.stuck,
+                            "took back jobs of dead nodes"
+                        );
                     }
                     if reaped.moved > 0 {
                         reaper.metrics.reaped.inc_by(reaped.moved as u64);
@@ -60,7 +65,9 @@ impl Actor for Reaper {
     type Context = Context<Self>;
 
     fn started(&mut self, ctx: &mut Self::Context) {
-        ctx.run_interval((self.ttl / 10).clamp(Duration::from_millis(250), Duration::from_secs(2)), |reaper, ctx| reaper.pass(ctx));
+        ctx.run_interval((self.ttl / 10).clamp(Duration::from_millis(250), Duration::from_secs(2)), |reaper, ctx| {
+            reaper.pass(ctx)
+        });
     }
 }
 

@@ -17,7 +17,7 @@ use futures_util::FutureExt;
 use futures_util::future::LocalBoxFuture;
 
 use crate::error::{Error, Result};
-use crate::job::{Job, Meta, parse};
+use crate::job::{ClaimedJob, Job, Meta, parse};
 use crate::lifecycle::End;
 use crate::outcome::JobResult;
 use crate::retry::RetryPolicy;
@@ -33,22 +33,32 @@ pub(crate) trait Runner {
 #[derive(Clone)]
 pub(crate) struct Entry {
     pub(crate) retry: fn() -> RetryPolicy,
-    pub(crate) timeout: Option<Duration>,
+    timeout: Option<Duration>,
     factory: Arc<dyn Fn() -> Box<dyn Runner> + Send + Sync>,
 }
 
 /// The kinds that a node handles.
-#[derive(Clone, Default)]
-pub(crate) struct Handlers(HashMap<Arc<str>, Entry>);
+#[derive(Clone)]
+pub(crate) struct Handlers {
+    kinds: HashMap<Arc<str>, Entry>,
+    /// How long an attempt may take if neither job nor task says.
+    timeout: Duration,
+}
 
 impl Handlers {
+    pub(crate) fn new(timeout: Duration) -> Self {
+        Handlers { kinds: HashMap::new(), timeout }
+    }
+
     /// Handle `T` with an async function.
     pub(crate) fn add_fn<T: Task, F, R>(&mut self, handler: F) -> Result<()>
     where
         F: Fn(Job<T>) -> R + Send + Sync + Clone + 'static,
         R: Future<Output = JobResult> + 'static,
     {
-        self.add::<T>(Arc::new(move || Box::new(FnRunner { handler: handler.clone(), task: std::marker::PhantomData::<fn(T)> })))
+        self.add::<T>(Arc::new(move || {
+            Box::new(FnRunner { handler: handler.clone(), task: std::marker::PhantomData::<fn(T)> })
+        }))
     }
 
     /// Handle `T` with actors that `factory` makes, one for each slot.
@@ -65,18 +75,23 @@ impl Handlers {
 
     fn add<T: Task>(&mut self, factory: Arc<dyn Fn() -> Box<dyn Runner> + Send + Sync>) -> Result<()> {
         let entry = Entry { retry: T::retry, timeout: T::TIMEOUT, factory };
-        match self.0.insert(T::KIND.into(), entry) {
+        match self.kinds.insert(T::KIND.into(), entry) {
             Some(_) => Err(Error::Setup(format!("kind {:?} has two handlers; register it once", T::KIND))),
             None => Ok(()),
         }
     }
 
     pub(crate) fn kinds(&self) -> Vec<Arc<str>> {
-        self.0.keys().cloned().collect()
+        self.kinds.keys().cloned().collect()
+    }
+
+    /// How long an attempt of this job may take.
+    pub(crate) fn limit(&self, job: &ClaimedJob) -> Duration {
+        job.timeout.or_else(|| self.get(&job.meta.kind)?.timeout).unwrap_or(self.timeout)
     }
 
     pub(crate) fn get(&self, kind: &str) -> Option<&Entry> {
-        self.0.get(kind)
+        self.kinds.get(kind)
     }
 }
 
@@ -116,7 +131,9 @@ impl<T: Task, A: Actor<Context = Context<A>> + Handler<Job<T>>> Runner for Actor
             match answer.await {
                 Ok(result) => End::Returned(result),
                 // The actor is gone: it panicked, or stopped itself.
-                Err(_) => End::Panicked(last_panic().unwrap_or_else(|| "the handler's actor stopped without an answer".into())),
+                Err(_) => End::Panicked(
+                    last_panic().unwrap_or_else(|| "the handler's actor stopped without an answer".into()),
+                ),
             }
         }
         .boxed_local()

@@ -5,12 +5,11 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use actix::{Actor, Addr, AsyncContext, Context, WrapFuture};
+use actix::{Actor, AsyncContext, Context, WrapFuture};
 use tracing::Instrument;
 
-use super::backlog::{Backlog, JobRun, Outbox};
+use super::backlog::{Backlog, Endings, JobRun};
 use super::bell::Bell;
-use super::completer::Completer;
 use super::messages::{Cause, EndedAttempt};
 use super::supervisor::{Handlers, Runners};
 use crate::job::ClaimedJob;
@@ -23,7 +22,7 @@ use crate::store::Settlement;
 pub(crate) struct Shared {
     pub(crate) handlers: Arc<Handlers>,
     pub(crate) backlog: Backlog,
-    pub(crate) outbox: Arc<Outbox>,
+    pub(crate) endings: Endings,
     pub(crate) busy: AtomicUsize,
     /// Mean run in nanoseconds, moving.
     pub(crate) mean_run: AtomicU64,
@@ -32,17 +31,10 @@ pub(crate) struct Shared {
     pub(crate) hungry_below: AtomicUsize,
     pub(crate) queue: Arc<str>,
     pub(crate) bell: Bell,
-    pub(crate) completer: Addr<Completer>,
     pub(crate) metrics: Metrics,
-    pub(crate) timeout: Duration,
 }
 
 impl Shared {
-    /// Hand attempts that ended to the Completer.
-    pub(crate) fn ended(&self, ended: Vec<EndedAttempt>) {
-        self.outbox.add(ended, &self.completer);
-    }
-
     /// Wake the dispatcher if it waits for the backlog to shrink this far.
     pub(crate) fn ask_if_hungry(&self) {
         let below = self.hungry_below.load(Ordering::Acquire);
@@ -149,7 +141,7 @@ async fn work(shared: Arc<Shared>, current: Arc<Current>) {
         let Some(ended) = execute(run, &shared, &current, &mut runners).await else {
             return; // given up; the pool has settled the run and rebuilt the slot
         };
-        shared.ended(ended);
+        shared.endings.add(ended);
         shared.busy.fetch_sub(1, Ordering::AcqRel);
         shared.ask_if_hungry();
         // Handlers that never wait must not keep other slots of the thread from their turn.
@@ -158,9 +150,7 @@ async fn work(shared: Arc<Shared>, current: Arc<Current>) {
 }
 
 /// Make the attempts of one run. None if the pool took the attempt away.
-async fn execute(
-    run: JobRun, shared: &Shared, current: &Current, runners: &mut Runners,
-) -> Option<Vec<EndedAttempt>> {
+async fn execute(run: JobRun, shared: &Shared, current: &Current, runners: &mut Runners) -> Option<Vec<EndedAttempt>> {
     let mut ended = Vec::with_capacity(run.len());
     let mut rest = run.into_iter();
     let mut state = None;
@@ -170,8 +160,9 @@ async fn execute(
         }
         let meta = job.meta.clone();
         let payload = std::mem::take(&mut job.payload);
-        let timeout = job.timeout.or_else(|| shared.handlers.get(&meta.kind)?.timeout).unwrap_or(shared.timeout);
-        let span = tracing::info_span!("job", id = meta.id, kind = &*meta.kind, queue = &*meta.queue, attempt = meta.attempt);
+        let timeout = shared.handlers.limit(&job);
+        let span =
+            tracing::info_span!("job", id = meta.id, kind = &*meta.kind, queue = &*meta.queue, attempt = meta.attempt);
         let started = Instant::now();
         let remaining = rest.as_slice().to_vec();
         current.set(Attempt { job, rest: remaining, ended, started, limit: timeout });

@@ -6,11 +6,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use actix::{Actor, ActorFutureExt, Addr, Arbiter, AsyncContext, Context, Handler, ResponseActFuture, ResponseFuture, WrapFuture};
+use actix::{
+    Actor, ActorFutureExt, Arbiter, AsyncContext, Context, Handler, ResponseActFuture, ResponseFuture, WrapFuture,
+};
 
-use super::backlog::{Backlog, Outbox};
+use super::backlog::{Backlog, Endings};
 use super::bell::Bell;
-use super::completer::Completer;
 use super::messages::{Cancel, Demand, DrainPool, LeaseLost, Observe, Observed, Run, Wanted};
 use super::supervisor::Handlers;
 use super::worker::{Attempt, Current, Shared, Worker, settlement};
@@ -52,21 +53,23 @@ impl Drop for Thread {
 
 impl WorkerPool {
     pub(crate) fn new(
-        queue: Arc<str>, config: QueueConfig, handlers: Arc<Handlers>, completer: Addr<Completer>, outbox: Arc<Outbox>,
-        metrics: Metrics, bell: Bell, timeout: Duration,
+        queue: Arc<str>,
+        config: QueueConfig,
+        handlers: Arc<Handlers>,
+        endings: Endings,
+        metrics: Metrics,
+        bell: Bell,
     ) -> Self {
         let shared = Arc::new(Shared {
             handlers,
             backlog: Backlog::default(),
-            outbox,
+            endings,
             busy: AtomicUsize::new(0),
             mean_run: AtomicU64::new(FIRST_MEAN.as_nanos() as u64),
             hungry_below: AtomicUsize::new(usize::MAX),
             queue: Arc::clone(&queue),
             bell,
-            completer,
             metrics,
-            timeout,
         });
         WorkerPool { queue, config, shared, slots: Vec::new() }
     }
@@ -88,10 +91,14 @@ impl WorkerPool {
         let frozen = |a: &Attempt| a.started.elapsed() > a.limit + FREEZE_GRACE;
         for slot in 0..self.slots.len() {
             let Some(attempt) = self.slots[slot].current.take_if(frozen) else { continue };
-            tracing::error!(queue = &*self.queue, job = attempt.job.meta.id, "a handler blocks its thread; the slot is rebuilt");
+            tracing::error!(
+                queue = &*self.queue,
+                job = attempt.job.meta.id,
+                "a handler blocks its thread; the slot is rebuilt"
+            );
             attempt.job.meta.cancelled.cancel();
             let limit = attempt.limit;
-            self.shared.ended(attempt.end(End::Froze(limit), &self.shared.handlers));
+            self.shared.endings.add(attempt.end(End::Froze(limit), &self.shared.handlers));
             self.shared.busy.fetch_sub(1, Ordering::AcqRel);
             self.shared.metrics.rebuilt.with_label_values(&[&*self.queue, "freeze"]).inc();
             self.slots[slot] = self.open(Rc::new(Thread(Arbiter::new())));
@@ -100,12 +107,16 @@ impl WorkerPool {
         self.shared.backlog.nudge();
         let busy = self.shared.busy.load(Ordering::Acquire);
         self.shared.metrics.slots.with_label_values(&[&*self.queue, "busy"]).set(busy as i64);
-        self.shared.metrics.slots.with_label_values(&[&*self.queue, "free"]).set(self.config.slots.saturating_sub(busy) as i64);
+        self.shared
+            .metrics
+            .slots
+            .with_label_values(&[&*self.queue, "free"])
+            .set(self.config.slots.saturating_sub(busy) as i64);
     }
 
     fn give_back(&self, jobs: Vec<ClaimedJob>) {
         let ended = jobs.into_iter().map(|job| settlement(job, End::Released, None, &self.shared.handlers)).collect();
-        self.shared.ended(ended);
+        self.shared.endings.add(ended);
     }
 }
 
@@ -195,7 +206,7 @@ impl Handler<DrainPool> for WorkerPool {
                 if let Some(attempt) = slot.current.take_if(|_| true) {
                     attempt.job.meta.cancelled.cancel();
                     tracing::warn!(job = attempt.job.meta.id, "the grace period is over; the job is given back");
-                    pool.shared.ended(attempt.end(End::Released, &pool.shared.handlers));
+                    pool.shared.endings.add(attempt.end(End::Released, &pool.shared.handlers));
                     given_back += 1;
                 }
             }

@@ -42,7 +42,10 @@ impl Dev {
         // Only the schema of the common options: the database is our own.
         let config = Common { database_url: None, schema: common.schema.clone() }.config(None, flags)?;
         super::start_logging(&config);
-        eprintln!("starting a private PostgreSQL ({})", home.as_ref().map_or("nothing is kept".into(), |h| h.display().to_string()));
+        eprintln!(
+            "starting a private PostgreSQL ({})",
+            home.as_ref().map_or("nothing is kept".into(), |h| h.display().to_string())
+        );
         let server = PrivateServer::start(home.as_deref(), &[])?;
         let config = Config { database_url: Some(server.url("postgres")), ..config };
         let database_url = config.database_url()?.to_owned();

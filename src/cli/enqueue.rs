@@ -149,9 +149,14 @@ impl Enqueue {
         let file = std::fs::File::open(path).map_err(io)?;
         let size = file.metadata().map_err(io)?.len();
         let client = common.checked_client().await?;
-        let bar = if std::io::stderr().is_terminal() { indicatif::ProgressBar::new(size) } else { indicatif::ProgressBar::hidden() };
+        let bar = if std::io::stderr().is_terminal() {
+            indicatif::ProgressBar::new(size)
+        } else {
+            indicatif::ProgressBar::hidden()
+        };
         bar.set_style(
-            indicatif::ProgressStyle::with_template("{bytes}/{total_bytes} {wide_bar} {eta}").expect("the template is valid"),
+            indicatif::ProgressStyle::with_template("{bytes}/{total_bytes} {wide_bar} {eta}")
+                .expect("the template is valid"),
         );
         let lines = BufReader::with_capacity(1 << 16, file).lines().enumerate();
         let jobs = lines.filter_map(|(n, line)| {

@@ -55,8 +55,13 @@ impl Jobs {
                     let cursor = job.cursor_key.clone().unwrap_or_default();
                     let payload = job.payload.as_ref().map_or("", |p| p.get());
                     vec![
-                        job.id.to_string(), job.state.clone(), job.queue.clone(), job.kind.clone(),
-                        format!("{}/{}", job.attempt, job.max_attempts), cursor, shorten(&payload.replace('\n', " "), 60),
+                        job.id.to_string(),
+                        job.state.clone(),
+                        job.queue.clone(),
+                        job.kind.clone(),
+                        format!("{}/{}", job.attempt, job.max_attempts),
+                        cursor,
+                        shorten(&payload.replace('\n', " "), 60),
                     ]
                 };
                 let rows: Vec<_> = jobs.iter().map(cell).collect();
@@ -65,7 +70,8 @@ impl Jobs {
             }
             Verb::Show { id, json } => {
                 let job = store.job(id).await?;
-                let job = job.ok_or_else(|| Error::Setup(format!("there is no job {id} in schema {}", store.schema())))?;
+                let job =
+                    job.ok_or_else(|| Error::Setup(format!("there is no job {id} in schema {}", store.schema())))?;
                 if json {
                     return print_json(&job);
                 }

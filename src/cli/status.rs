@@ -37,7 +37,9 @@ impl Status {
         if self.json {
             return print_json(&report);
         }
-        let live = |c: &LiveCount| vec![c.queue.clone(), c.state.clone(), c.jobs.to_string(), format!("{:.1} s", c.oldest_seconds)];
+        let live = |c: &LiveCount| {
+            vec![c.queue.clone(), c.state.clone(), c.jobs.to_string(), format!("{:.1} s", c.oldest_seconds)]
+        };
         println!("Live jobs");
         print_table(&["QUEUE", "STATE", "JOBS", "OLDEST"], &report.live.iter().map(live).collect::<Vec<_>>());
         let finished = |f: &Finished| vec![f.queue.clone(), f.state.clone(), f.jobs.to_string()];

@@ -47,7 +47,11 @@ const COUNT_SHARE: u32 = 20;
 
 /// Serve until stopped.
 pub(crate) fn serve(
-    address: &str, store: Store, metrics: Metrics, keeper: Addr<LeaseKeeper>, scheduler: Addr<Scheduler>,
+    address: &str,
+    store: Store,
+    metrics: Metrics,
+    keeper: Addr<LeaseKeeper>,
+    scheduler: Addr<Scheduler>,
 ) -> Result<Server> {
     let counted = Mutex::new(Counted { not_before: Instant::now() });
     let state = web::Data::from(Arc::new(State { store, metrics, keeper, scheduler, counted }));
@@ -96,6 +100,7 @@ async fn readyz(state: web::Data<State>) -> HttpResponse {
         return HttpResponse::ServiceUnavailable().body("no lease: the database is away or the node was too slow\n");
     }
     let days = state.scheduler.send(Observe).await.map(|o| o.load).unwrap_or_default();
-    let warning = if days < 2 { format!("warning: history partitions for {days} days ahead only\n") } else { String::new() };
+    let warning =
+        if days < 2 { format!("warning: history partitions for {days} days ahead only\n") } else { String::new() };
     HttpResponse::Ok().body(format!("ok\n{warning}"))
 }

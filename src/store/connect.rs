@@ -117,4 +117,3 @@ fn tls() -> Result<MakeRustlsConnect> {
         .with_no_client_auth();
     Ok(MakeRustlsConnect::new(config))
 }
-

@@ -59,9 +59,10 @@ fn enter(schema: &str) -> String {
 
 /// A fingerprint of the functions' text, kept in the database (FNV-1a, 64 bits).
 fn fingerprint() -> String {
-    let hash = FUNCTIONS.iter().flat_map(|text| text.bytes()).fold(0xcbf29ce484222325_u64, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x100000001b3)
-    });
+    let hash = FUNCTIONS
+        .iter()
+        .flat_map(|text| text.bytes())
+        .fold(0xcbf29ce484222325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100000001b3));
     format!("{hash:016x}")
 }
 
@@ -72,7 +73,10 @@ fn record() -> String {
 /// What a schema's `meta` says; none if there is no such schema or table.
 pub async fn version(client: &Client, schema: &str) -> Result<Option<(i32, String)>> {
     let there = client
-        .query_typed("select to_regclass($1) is not null", &[(&format!("{}.meta", quote(schema)), tokio_postgres::types::Type::TEXT)])
+        .query_typed(
+            "select to_regclass($1) is not null",
+            &[(&format!("{}.meta", quote(schema)), tokio_postgres::types::Type::TEXT)],
+        )
         .await?[0]
         .get::<_, bool>(0);
     if !there {
@@ -88,7 +92,7 @@ pub fn check(schema: &str, found: Option<(i32, String)>) -> Result<()> {
         Some((version, _)) if version > VERSION => {
             Err(Error::SchemaNewer { schema: schema.into(), found: version, known: VERSION })
         }
-        Some((version, _)) if version >= VERSION - 1 && version > 0 => Ok(()),
+        Some((version, _)) if version >= (VERSION - 1).max(1) => Ok(()),
         _ => Err(Error::SchemaMissing(schema.into())),
     }
 }
@@ -96,7 +100,8 @@ pub fn check(schema: &str, found: Option<(i32, String)>) -> Result<()> {
 /// Create or upgrade the schema. Does nothing to one that is up to date.
 pub async fn migrate(client: &mut Client, schema: &str) -> Result<Migrated> {
     let tx = client.transaction().await?;
-    let read_only = tx.query_typed("select pg_is_in_recovery() or current_setting('transaction_read_only') = 'on'", &[]).await?;
+    let read_only =
+        tx.query_typed("select pg_is_in_recovery() or current_setting('transaction_read_only') = 'on'", &[]).await?;
     if read_only[0].get(0) {
         return Err(Error::ReadOnly);
     }

@@ -29,6 +29,23 @@ macro_rules! queries {
 }
 
 queries!(
-    begin_lease, cancel, claim, copy, counts, end_lease, enqueue, extend, finished, give_back, job, jobs,
-    leave_sentry, nodes, promote, reap, settle, stand_sentry, tend_history,
+    begin_lease,
+    cancel,
+    claim,
+    copy,
+    counts,
+    end_lease,
+    enqueue,
+    extend,
+    finished,
+    give_back,
+    job,
+    jobs,
+    leave_sentry,
+    nodes,
+    promote,
+    reap,
+    settle,
+    stand_sentry,
+    tend_history,
 );

@@ -66,13 +66,21 @@ impl<'a> FromSql<'a> for Text<'a> {
 }
 
 /// A JSON column of a row as text.
-pub(super) fn json<'a>(row: &'a Row, column: impl tokio_postgres::row::RowIndex + std::fmt::Display) -> Option<&'a str> {
+pub(super) fn json<'a>(
+    row: &'a Row,
+    column: impl tokio_postgres::row::RowIndex + std::fmt::Display,
+) -> Option<&'a str> {
     row.get::<_, Option<Text<'a>>>(column).map(|text| text.0)
 }
 
 impl Claimed {
     pub(super) fn read(rows: &[Row], claim: &Claim<'_>) -> Self {
-        let mut claimed = Claimed { jobs: Vec::with_capacity(rows.len()), marks: Vec::new(), contended: false, reading: Duration::ZERO };
+        let mut claimed = Claimed {
+            jobs: Vec::with_capacity(rows.len()),
+            marks: Vec::new(),
+            contended: false,
+            reading: Duration::ZERO,
+        };
         for row in rows {
             let Some(id) = row.get::<_, Option<i64>>(3) else {
                 claimed.marks.push(Mark { priority: row.get(0), pos: row.get(1) });

@@ -25,7 +25,8 @@ async fn each_cursor_sees_its_jobs_in_order_and_keeps_their_fold() {
         let state: serde_json::Value = value(&sql, &format!("select state from cursors where key = 'k{key}'")).await;
         let expected: Vec<usize> = (0..600).filter(|n| n % 7 == key).collect();
         assert_eq!(state, serde_json::json!(expected));
-        let chain = format!("select array_agg(cursor_version order by id) from finished_jobs where cursor_key = 'k{key}'");
+        let chain =
+            format!("select array_agg(cursor_version order by id) from finished_jobs where cursor_key = 'k{key}'");
         let chain: Vec<i64> = value(&sql, &chain).await;
         assert_eq!(chain, (1..=expected.len() as i64).collect::<Vec<_>>(), "versions are 1..n in order");
     }
@@ -54,7 +55,10 @@ async fn a_retrying_job_holds_its_cursor_and_others_do_not_wait() {
     let late = db.reaches(late, "completed").await;
     assert_eq!(failing.attempt, 2);
     assert!(late.started_at >= failing.finished_at, "{late:?} before {failing:?}");
-    assert_eq!(value::<serde_json::Value>(&sql, "select state from cursors where key = 'a'").await, serde_json::json!([1, 2]));
+    assert_eq!(
+        value::<serde_json::Value>(&sql, "select state from cursors where key = 'a'").await,
+        serde_json::json!([1, 2])
+    );
     node.drain().await.unwrap();
 }
 
@@ -78,7 +82,11 @@ async fn a_dead_owner_lets_go_of_its_cursors() {
     let db = database().await;
     let sql = db.sql().await;
     db.client.enqueue_many([append(1, "a"), append(2, "a")]).await.unwrap();
-    sql.batch_execute("select begin_lease(1, 'dead', '1 s'); select claim_lanes(1, 10, 'default', null, 10, 50, '{}', '{}')").await.unwrap();
+    sql.batch_execute(
+        "select begin_lease(1, 'dead', '1 s'); select claim_lanes(1, 10, 'default', null, 10, 50, '{}', '{}')",
+    )
+    .await
+    .unwrap();
     assert_eq!(value::<i64>(&sql, "select count(*) from jobs where token = 10").await, 2, "a run of two");
     sql.batch_execute("update leases set expires_at = now() - interval '1 s', ttl = '0'").await.unwrap();
     let config = Config { demo: true, lease: Duration::from_secs(3), ..db.config() };

@@ -145,7 +145,8 @@ async fn outcomes_become_states() {
     assert_eq!((job.attempt, job.error.as_deref()), (1, Some("hopeless")));
     let job = db.reaches(errs, "failed").await;
     assert_eq!((job.attempt, job.error.as_deref()), (3, Some("a\u{fffd}b")));
-    let snoozes = db.client.enqueue(Mood::SnoozeOnce.job().headers(&serde_json::json!({"snooze": true}))).await.unwrap();
+    let snoozes =
+        db.client.enqueue(Mood::SnoozeOnce.job().headers(&serde_json::json!({"snooze": true}))).await.unwrap();
     eventually("snoozed without losing attempts", Duration::from_secs(5), || async {
         let job = db.job(snoozes).await;
         job.attempt == 0 && job.state == "scheduled"
@@ -173,7 +174,8 @@ async fn draining_gives_back_what_outlives_the_grace_period_uncounted() {
     let db = database().await;
     let config = Config { grace: Duration::from_millis(300), demo: true, ..db.config() };
     let node = Node::new(config).await.unwrap().start().await.unwrap();
-    let enqueue = async |ms: u64| db.client.enqueue(pgcue::NewJob::new("sleep", format!("{{\"ms\":{ms}}}"))).await.unwrap();
+    let enqueue =
+        async |ms: u64| db.client.enqueue(pgcue::NewJob::new("sleep", format!("{{\"ms\":{ms}}}"))).await.unwrap();
     let (short, long) = (enqueue(150).await, enqueue(60_000).await);
     db.reaches(short, "running").await;
     db.reaches(long, "running").await;

@@ -10,10 +10,19 @@ use tokio_postgres::{Client, Row};
 use crate::support::{Db, database, eventually, value};
 
 /// Claim as a node does, under a lease that is begun if it is new. Job rows and lane rows apart.
-async fn claim(sql: &Client, lease: i64, token: i64, max: i32, marks: Option<(&[i16], &[i64])>) -> (Vec<Row>, Vec<Row>) {
-    sql.execute("select begin_lease($1, 'test', '30 s') where not exists (select from leases where id = $1)", &[&lease])
-        .await
-        .unwrap();
+async fn claim(
+    sql: &Client,
+    lease: i64,
+    token: i64,
+    max: i32,
+    marks: Option<(&[i16], &[i64])>,
+) -> (Vec<Row>, Vec<Row>) {
+    sql.execute(
+        "select begin_lease($1, 'test', '30 s') where not exists (select from leases where id = $1)",
+        &[&lease],
+    )
+    .await
+    .unwrap();
     let (lanes, marks) = marks.unwrap_or_default();
     let query = "select * from claim_lanes($1, $2, 'default', null, $3, 50, $4, $5)";
     let rows = sql.query(query, &[&lease, &token, &max, &lanes, &marks]).await.unwrap();
@@ -81,7 +90,9 @@ async fn concurrent_claimers_share_no_job_and_take_no_more_than_asked() {
 async fn a_claim_asks_for_kinds_and_skips_others() {
     let db = database().await;
     let sql = db.sql().await;
-    sql.batch_execute("select enqueue_many('foreign', array_fill('1'::json, array[50])); select enqueue('mine')").await.unwrap();
+    sql.batch_execute("select enqueue_many('foreign', array_fill('1'::json, array[50])); select enqueue('mine')")
+        .await
+        .unwrap();
     let rows = sql.query("select id, kind from claim('default', 10, '{mine}')", &[]).await.unwrap();
     assert_eq!(rows.len(), 1);
     assert_eq!(rows[0].get::<_, String>("kind"), "mine");
@@ -130,7 +141,10 @@ async fn only_enqueueing_works_in_any_isolation() {
     for call in ["select claim()", "select settle(1, 1)", "select cancel(1)", "select reap()"] {
         sql.batch_execute("begin isolation level repeatable read; select enqueue('noop')").await.unwrap();
         let error = sql.batch_execute(call).await.unwrap_err();
-        assert_eq!(error.as_db_error().unwrap().message(), "pgcue: this call needs isolation level read committed, not repeatable read");
+        assert_eq!(
+            error.as_db_error().unwrap().message(),
+            "pgcue: this call needs isolation level read committed, not repeatable read"
+        );
         sql.batch_execute("rollback").await.unwrap();
     }
     sql.batch_execute("begin isolation level serializable; select enqueue('noop'); commit").await.unwrap();
@@ -236,7 +250,8 @@ async fn a_late_commit_is_behind_the_mark_and_a_full_pass_finds_it() {
     let (jobs, lanes) = claim(&sql, 1, 10, 10, None).await;
     assert_eq!(ids(&jobs), fast);
     slow.batch_execute("commit").await.unwrap();
-    let (lanes, marks): (Vec<i16>, Vec<i64>) = lanes.iter().map(|l| (l.get::<_, i16>("priority"), l.get::<_, i64>("mark"))).unzip();
+    let (lanes, marks): (Vec<i16>, Vec<i64>) =
+        lanes.iter().map(|l| (l.get::<_, i16>("priority"), l.get::<_, i64>("mark"))).unzip();
     let (jobs, _) = claim(&sql, 1, 11, 10, Some((&lanes, &marks))).await;
     assert!(jobs.is_empty(), "the mark has passed it");
     let (jobs, _) = claim(&sql, 1, 12, 10, None).await;
@@ -290,10 +305,16 @@ async fn rust_and_sql_agree_on_what_an_attempt_becomes() {
     let (mut id, mut token) = (0, 100);
     for max in 1..4u16 {
         for attempt in 1..=max {
-            for end in [End::TimedOut(Duration::from_secs(1)), End::Released, End::Returned(Ok(pgcue::Outcome::Complete))] {
+            for end in
+                [End::TimedOut(Duration::from_secs(1)), End::Released, End::Returned(Ok(pgcue::Outcome::Complete))]
+            {
                 id += 1;
                 token += 1;
-                sql.batch_execute(&format!("insert into jobs (id, kind, max_attempts, attempt) values ({id}, 'noop', {max}, {attempt} - 1)")).await.unwrap();
+                sql.batch_execute(&format!(
+                    "insert into jobs (id, kind, max_attempts, attempt) values ({id}, 'noop', {max}, {attempt} - 1)"
+                ))
+                .await
+                .unwrap();
                 assert_eq!(ids(&claim(&sql, 1, token, 1, None).await.0), [id]);
                 let verdict = judge(end.clone(), attempt, max, &policy, 0.5);
                 // A foreign worker that just says "retry" ends the same way as a node that decided it.
@@ -387,7 +408,11 @@ async fn plans_cached_on_an_empty_table_stay_good() {
         sql.batch_execute("select settle(array['(0,1)'::tid], '{1}', '{1}', '{completed}', null, null, null, null, null, null); select promote(10)").await.unwrap();
     }
     sql.batch_execute("insert into jobs (kind) select 'noop' from generate_series(1, 200000)").await.unwrap();
-    sql.batch_execute("insert into jobs (kind, run_at) select 'noop', now() + interval '1 h' from generate_series(1, 20000)").await.unwrap();
+    sql.batch_execute(
+        "insert into jobs (kind, run_at) select 'noop', now() + interval '1 h' from generate_series(1, 20000)",
+    )
+    .await
+    .unwrap();
     sql.batch_execute("select pg_stat_reset()").await.unwrap();
     let mut total = 0;
     for token in 100..110 {

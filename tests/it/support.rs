@@ -26,9 +26,13 @@ pub struct Db {
 }
 
 pub async fn connect(url: &str) -> tokio_postgres::Client {
-    let (client, connection) = Target::parse(url).unwrap().connect().await.unwrap();
+    try_connect(url).await.unwrap()
+}
+
+pub async fn try_connect(url: &str) -> pgcue::Result<tokio_postgres::Client> {
+    let (client, connection) = Target::parse(url)?.connect().await?;
     actix_rt::spawn(connection);
-    client
+    Ok(client)
 }
 
 /// A database with nothing in it.

@@ -26,7 +26,8 @@ async fn asleep(nodes: &[&Running]) {
         for node in nodes {
             states.push(state(node).await);
         }
-        states.iter().filter(|s| *s == "sentry").count() == 1 && states.iter().filter(|s| *s == "guarded").count() == nodes.len() - 1
+        states.iter().filter(|s| *s == "sentry").count() == 1
+            && states.iter().filter(|s| *s == "guarded").count() == nodes.len() - 1
     })
     .await;
 }
@@ -39,14 +40,26 @@ async fn two_sleeping_nodes_wake_however_a_job_becomes_claimable() {
     let mut slowest = (Duration::ZERO, "");
     let id = |row: tokio_postgres::Row| row.get::<_, i64>(0);
     for way in [
-        "function", "function many", "insert", "copy", "rust", "rust transaction", "delayed", "retried by a consumer",
-        "released by a consumer", "resumed queue", "cursor passed on by cancel", "cursor passed on by settle",
+        "function",
+        "function many",
+        "insert",
+        "copy",
+        "rust",
+        "rust transaction",
+        "delayed",
+        "retried by a consumer",
+        "released by a consumer",
+        "resumed queue",
+        "cursor passed on by cancel",
+        "cursor passed on by settle",
     ] {
         asleep(&[&one, &two]).await;
         let mut due = Instant::now();
         let job = match way {
             "function" => id(sql.query_one("select enqueue('noop')", &[]).await.unwrap()),
-            "function many" => id(sql.query("select enqueue_many('noop', array['1', '2']::json[])", &[]).await.unwrap().remove(1)),
+            "function many" => {
+                id(sql.query("select enqueue_many('noop', array['1', '2']::json[])", &[]).await.unwrap().remove(1))
+            }
             "insert" => id(sql.query_one("insert into jobs (kind) values ('noop') returning id", &[]).await.unwrap()),
             "copy" => {
                 db.client.copy([Ok(NewJob::new("noop", "1"))]).await.unwrap();
@@ -104,7 +117,11 @@ async fn two_sleeping_nodes_wake_however_a_job_becomes_claimable() {
             }
             _ => {
                 let head = id(sql.query_one("select enqueue('foreign', cursor_key => 'd')", &[]).await.unwrap());
-                let token: i64 = sql.query_one("select token from claim('default', kinds => '{foreign}')", &[]).await.unwrap().get(0);
+                let token: i64 = sql
+                    .query_one("select token from claim('default', kinds => '{foreign}')", &[])
+                    .await
+                    .unwrap()
+                    .get(0);
                 let job = id(sql.query_one("select enqueue('noop', cursor_key => 'd')", &[]).await.unwrap());
                 db.reaches(job, "blocked").await;
                 asleep(&[&one, &two]).await;
