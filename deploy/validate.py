@@ -81,7 +81,7 @@ try:
     )
     for kind, pod in pods.items():
         links = pod.get("enableServiceLinks", True)
-        check(f"{kind}: no service links", links and "they become PGCUE_* variables, which pgcue refuses")
+        check(f"{kind}: no service links", links and "they become PGCUE_* variables")
 
     # Break a copy on purpose: a check that passes these checks nothing.
     for what, place, value in [
