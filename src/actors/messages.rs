@@ -141,7 +141,7 @@ pub struct Leave(pub Arc<str>);
 #[rtype(result = "Observed")]
 pub struct Observe;
 
-/// The answer to [`Observe`].
+/// What an actor says of its state: for tests and for people who wonder.
 #[derive(Debug, Clone, Default, PartialEq, Eq, actix::MessageResponse)]
 pub struct Observed {
     /// What the actor does now, in a word.
