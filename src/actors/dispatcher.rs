@@ -23,7 +23,7 @@ use crate::metrics::Metrics;
 use crate::pacing::{self, FullPasses, Marks};
 use crate::store::{Claim, Claimed, Mark, Store};
 
-/// Producers hold the post: look again after this, doubling up to the second.
+/// Producers hold the post, or somebody a row: look again after this, doubling up to the second.
 const BUSY_POLL: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(100));
 /// A sentry that was notified in vain so often leaves its post for a while.
 const VAIN_LIMIT: u32 = 5;
@@ -56,6 +56,8 @@ pub(crate) struct Resting {
     notified: bool,
     vain: u32,
     standing: Option<Standing>,
+    /// A full pass brought nothing since the post was taken and since the last wake-up: sleep well.
+    seen_all: bool,
     busy_poll: Duration,
     timer: Option<SpawnHandle>,
     drained: Option<oneshot::Sender<()>>,
@@ -72,6 +74,7 @@ impl Default for Resting {
             notified: false,
             vain: 0,
             standing: None,
+            seen_all: false,
             busy_poll: BUSY_POLL.0,
             timer: None,
             drained: None,
@@ -164,6 +167,9 @@ impl Dispatcher {
             Pass::Full | Pass::NoLease => self.rest.woken,
             Pass::Failed(error) => {
                 tracing::warn!(%error, queue = &*self.queue, "claim failed");
+                if error.is_lease_ended() {
+                    self.lease.doubt();
+                }
                 self.rest.passes.hurry(now);
                 self.sleep(FAILURE_PAUSE.mul_f64(0.5 + rand::random::<f64>()), ctx);
                 false
@@ -175,6 +181,7 @@ impl Dispatcher {
                     self.rest.marks.read(now, claimed.marks, found < wanted);
                     if full {
                         self.rest.passes.made(now, claimed.reading);
+                        self.rest.seen_all = found == 0 && !self.rest.woken;
                         self.bell.wake_scheduler(Cause::Tick);
                     }
                 }
@@ -184,8 +191,10 @@ impl Dispatcher {
                 if claimed.contended && found < wanted {
                     self.rest.passes.hurry(now);
                 }
-                let more = found > 0 || claimed.contended || self.rest.woken;
-                if !more {
+                let more = found > 0 || self.rest.woken;
+                if !more && claimed.contended {
+                    self.poll_soon(ctx);
+                } else if !more {
                     self.nothing_found(ctx);
                 }
                 more
@@ -238,10 +247,8 @@ impl Dispatcher {
             }
         }
         match (self.rest.standing, &self.listener) {
-            (Some(_), _) => {
-                let full_pass = self.rest.passes.due_in(Instant::now());
-                self.sleep(full_pass.min(self.poll), ctx);
-            }
+            (Some(_), _) if self.rest.seen_all || !self.full_passes => self.sleep(self.poll, ctx),
+            (Some(_), _) => self.sleep(self.rest.passes.due_in(Instant::now()), ctx),
             (None, None) => self.sleep(self.poll, ctx),
             (None, Some(listener)) => {
                 self.rest.doing = Doing::Asking;
@@ -262,19 +269,23 @@ impl Dispatcher {
         match standing {
             Standing::Sentry | Standing::Guarded => {
                 self.rest.standing = Some(standing);
+                self.rest.seen_all = false;
                 self.rest.passes.hurry(Instant::now());
                 self.pass(ctx);
             }
             Standing::Deaf => self.sleep(self.poll, ctx),
-            Standing::Busy => {
-                let pause = self.rest.busy_poll;
-                self.rest.busy_poll = (pause * 2).min(BUSY_POLL.1);
-                self.sleep(pause, ctx);
-            }
+            Standing::Busy => self.poll_soon(ctx),
         }
         if self.rest.woken {
             self.pass(ctx);
         }
+    }
+
+    /// Somebody holds what is wanted, for a moment.
+    fn poll_soon(&mut self, ctx: &mut Context<Self>) {
+        let pause = self.rest.busy_poll;
+        self.rest.busy_poll = (pause * 2).min(BUSY_POLL.1);
+        self.sleep(pause, ctx);
     }
 
     fn sleep(&mut self, time: Duration, ctx: &mut Context<Self>) {
@@ -303,6 +314,7 @@ impl Handler<Wake> for Dispatcher {
 
     fn handle(&mut self, Wake(cause): Wake, ctx: &mut Self::Context) {
         self.metrics.wakeups.with_label_values(&[&*self.queue, cause.as_str()]).inc();
+        self.rest.seen_all = false;
         match cause {
             Cause::Notified => {
                 self.rest.notified = true;

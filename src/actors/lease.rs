@@ -1,7 +1,7 @@
 //! The node's lease, as its actors see it, and the heartbeat that keeps it.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -22,6 +22,8 @@ pub(crate) struct Lease(Arc<Held>);
 struct Held {
     /// 0: none.
     id: AtomicI64,
+    /// Somebody was told that the lease has ended.
+    doubted: AtomicBool,
     /// How many jobs of each claim are not settled yet.
     open: Mutex<HashMap<i64, usize>>,
 }
@@ -40,6 +42,11 @@ impl Lease {
     /// The living lease.
     pub(crate) fn id(&self) -> Option<i64> {
         Some(self.0.id.load(Ordering::Acquire)).filter(|id| *id != 0)
+    }
+
+    /// The database refused the lease: the keeper finds out at once.
+    pub(crate) fn doubt(&self) {
+        self.0.doubted.store(true, Ordering::Release);
     }
 
     /// A claim is about to be made; until it is settled or failed, the heartbeat knows it.
@@ -194,7 +201,7 @@ impl Actor for LeaseKeeper {
         ctx.run_interval(self.ttl / 3, |keeper, ctx| keeper.beat(ctx));
         ctx.run_interval(Duration::from_millis(250), |keeper, ctx| {
             keeper.watch();
-            if keeper.lease.id().is_none() {
+            if keeper.lease.id().is_none() || keeper.lease.0.doubted.swap(false, Ordering::AcqRel) {
                 keeper.beat(ctx);
             }
         });
