@@ -213,17 +213,6 @@ pub(crate) fn parse<T: DeserializeOwned>(json: &str) -> Result<T, String> {
     })
 }
 
-/// A job as it comes out of the database.
-#[derive(Debug, Clone)]
-pub struct ClaimedJob {
-    pub(crate) meta: Meta,
-    pub(crate) payload: Box<str>,
-    pub(crate) tid: crate::store::Tid,
-    pub(crate) token: i64,
-    pub(crate) timeout: Option<Duration>,
-    pub(crate) waited: Duration,
-}
-
 impl From<serde_json::Error> for Error {
     fn from(e: serde_json::Error) -> Self {
         Error::Invalid(Fault::new("json", "malformed", e.to_string()))

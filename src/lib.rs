@@ -25,7 +25,7 @@ pub use actors::messages::Observed;
 pub use client::Client;
 pub use config::Config;
 pub use error::{Error, Fault, Result};
-pub use job::{ClaimedJob, Job, Meta, NewJob};
+pub use job::{Job, Meta, NewJob};
 pub use metrics::Metrics;
 pub use node::{Node, Running, stop_signal};
 pub use outcome::{Completion, JobError, JobResult, Outcome};

@@ -17,9 +17,9 @@ use crate::actors::backlog::{Endings, Outbox};
 use crate::actors::bell::Bell;
 use crate::actors::completer::Completer;
 use crate::actors::dispatcher::{Dispatcher, Resting};
-use crate::actors::lease::{EndLease, LeaseKeeper};
+use crate::actors::keeper::LeaseKeeper;
 use crate::actors::listener::Listener;
-use crate::actors::messages::{Drain, DrainPool, Flush, Observe, Observed};
+use crate::actors::messages::{Drain, DrainPool, EndLease, Flush, Observe, Observed};
 use crate::actors::reaper::Reaper;
 use crate::actors::scheduler::{Rest, Scheduler};
 use crate::actors::supervisor::Handlers;
@@ -57,7 +57,7 @@ impl Node {
         let handlers = Handlers::new(config.timeout);
         let mut node = Node { config, store, handlers, metrics: Metrics::default(), fault: None };
         if node.config.demo {
-            node = crate::handlers::demo(node);
+            crate::handlers::demo(&mut node.handlers)?;
         }
         Ok(node)
     }
@@ -138,7 +138,7 @@ impl Node {
             config.max_result,
         )
         .start();
-        let endings = Endings { outbox, completer: completer.clone() };
+        let endings = Endings { outbox, completer: completer.clone().recipient() };
         let handlers = Arc::new(handlers);
         let pools: HashMap<Arc<str>, Addr<WorkerPool>> = config
             .queues

@@ -108,7 +108,7 @@ begin
     set stage = case when j.losses > 0 then 'suspect' else 'ready' end::stage, pos = nextval('line')
     where j.id = any(array(
       select h.id
-      from unnest(pass_on.queues, pass_on.keys) k(queue, key)
+      from (select distinct u.queue, u.key from unnest(pass_on.queues, pass_on.keys) u(queue, key)) k
       join cursors c on c.queue = k.queue and c.key = k.key
       cross join lateral (
         select m.id, m.token from jobs m

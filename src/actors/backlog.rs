@@ -6,12 +6,11 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use actix::Addr;
+use actix::Recipient;
 use tokio::sync::Notify;
 
-use super::completer::Completer;
 use super::messages::{Collect, EndedAttempt};
-use crate::job::ClaimedJob;
+use crate::store::ClaimedJob;
 
 /// Consecutive jobs of one cursor, or one job.
 pub(crate) type JobRun = Vec<ClaimedJob>;
@@ -111,7 +110,7 @@ impl Outbox {
 #[derive(Clone)]
 pub(crate) struct Endings {
     pub(crate) outbox: Arc<Outbox>,
-    pub(crate) completer: Addr<Completer>,
+    pub(crate) completer: Recipient<Collect>,
 }
 
 impl Endings {

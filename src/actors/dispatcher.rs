@@ -18,9 +18,9 @@ use super::listener::Listener;
 use super::messages::{Cause, Demand, Drain, Leave, Observe, Observed, Rest, Run, Standing, Wake};
 use super::worker_pool::WorkerPool;
 use crate::error::Error;
-use crate::job::ClaimedJob;
 use crate::metrics::Metrics;
 use crate::pacing::{self, FullPasses, Marks};
+use crate::store::ClaimedJob;
 use crate::store::{Claim, Claimed, Mark, Store};
 
 /// Producers hold the post, or somebody a row: look again after this, doubling up to the second.

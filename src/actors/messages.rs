@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use actix::Message;
 
-use crate::job::ClaimedJob;
+use crate::store::ClaimedJob;
 use crate::store::Settlement;
 
 /// Work may exist. The notified path and the recovery path are one path.
@@ -112,6 +112,11 @@ pub struct DrainPool {
     /// The grace period.
     pub grace: Duration,
 }
+
+/// To the LeaseKeeper, last: end the lease. Answers whether the database confirmed it.
+#[derive(Message)]
+#[rtype(result = "bool")]
+pub struct EndLease;
 
 /// Dispatcher to Listener: the line of this queue is empty, may I sleep?
 #[derive(Message)]

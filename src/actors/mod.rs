@@ -5,6 +5,7 @@ pub(crate) mod backlog;
 pub(crate) mod bell;
 pub(crate) mod completer;
 pub(crate) mod dispatcher;
+pub(crate) mod keeper;
 pub(crate) mod lease;
 pub(crate) mod listener;
 pub(crate) mod messages;

@@ -17,10 +17,11 @@ use futures_util::FutureExt;
 use futures_util::future::LocalBoxFuture;
 
 use crate::error::{Error, Result};
-use crate::job::{ClaimedJob, Job, Meta, parse};
+use crate::job::{Job, Meta, parse};
 use crate::lifecycle::End;
 use crate::outcome::JobResult;
 use crate::retry::RetryPolicy;
+use crate::store::ClaimedJob;
 use crate::task::Task;
 
 /// What a slot holds to run one kind: built by a factory on the slot's thread, and never shared.

@@ -12,10 +12,10 @@ use super::backlog::{Backlog, Endings, JobRun};
 use super::bell::Bell;
 use super::messages::{Cause, EndedAttempt};
 use super::supervisor::{Handlers, Runners};
-use crate::job::ClaimedJob;
 use crate::lifecycle::{End, Settled, judge};
 use crate::metrics::Metrics;
 use crate::retry::RetryPolicy;
+use crate::store::ClaimedJob;
 use crate::store::Settlement;
 
 /// What the slots of one pool share.

@@ -16,10 +16,10 @@ use super::messages::{Cancel, Demand, DrainPool, LeaseLost, Observe, Observed, R
 use super::supervisor::Handlers;
 use super::worker::{Attempt, Current, Shared, Worker, settlement};
 use crate::config::QueueConfig;
-use crate::job::ClaimedJob;
 use crate::lifecycle::End;
 use crate::metrics::Metrics;
 use crate::pacing;
+use crate::store::ClaimedJob;
 
 /// How often the pool looks for slots that are stuck.
 const PATROL: Duration = Duration::from_millis(250);

@@ -5,8 +5,9 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::actors::supervisor::Handlers;
+use crate::error::Result;
 use crate::job::Job;
-use crate::node::Node;
 use crate::outcome::{JobError, JobResult, Outcome};
 use crate::task::Task;
 
@@ -26,7 +27,7 @@ macro_rules! task {
 struct Noop(#[allow(dead_code)] serde::de::IgnoredAny);
 
 impl Serialize for Noop {
-    fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+    fn serialize<S: serde::Serializer>(&self, to: S) -> std::result::Result<S::Ok, S::Error> {
         to.serialize_unit()
     }
 }
@@ -66,22 +67,26 @@ task! {
     Append as "append" { n: Value }
 }
 
-/// A node that also handles the demo kinds.
-pub(crate) fn demo(node: Node) -> Node {
-    node.handle_fn(|_: Job<Noop>| async { Ok(Outcome::Complete) })
-        .handle_fn(|job: Job<Echo>| async move { Outcome::result(&job.args) })
-        .handle_fn(|job: Job<Sleep>| async move {
-            tokio::time::sleep(Duration::from_millis(job.args.ms)).await;
-            Ok(Outcome::Complete)
-        })
-        .handle_fn(|job: Job<Fail>| async move {
-            if job.meta.attempt <= job.args.times {
-                return Err(JobError::new(format!("attempt {} of {} that fail", job.meta.attempt, job.args.times)));
-            }
-            Ok(Outcome::Complete)
-        })
-        .handle_fn(panic)
-        .handle_fn(append)
+/// Handle the demo kinds.
+pub(crate) fn demo(handlers: &mut Handlers) -> Result<()> {
+    handlers.add_fn(|_: Job<Noop>| async { Ok(Outcome::Complete) })?;
+    handlers.add_fn(|job: Job<Echo>| async move { Outcome::result(&job.args) })?;
+    handlers.add_fn(sleep)?;
+    handlers.add_fn(fail)?;
+    handlers.add_fn(panic)?;
+    handlers.add_fn(append)
+}
+
+async fn sleep(job: Job<Sleep>) -> JobResult {
+    tokio::time::sleep(Duration::from_millis(job.args.ms)).await;
+    Ok(Outcome::Complete)
+}
+
+async fn fail(job: Job<Fail>) -> JobResult {
+    if job.meta.attempt <= job.args.times {
+        return Err(JobError::new(format!("attempt {} of {} that fail", job.meta.attempt, job.args.times)));
+    }
+    Ok(Outcome::Complete)
 }
 
 async fn panic(job: Job<Panic>) -> JobResult {

@@ -9,7 +9,7 @@ use actix_web::dev::ServerHandle;
 use actix_web::{App, HttpResponse, HttpServer, web};
 use tokio::sync::Mutex;
 
-use crate::actors::lease::LeaseKeeper;
+use crate::actors::keeper::LeaseKeeper;
 use crate::actors::messages::Observe;
 use crate::actors::scheduler::Scheduler;
 use crate::error::{Error, Result};

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use deadpool_postgres::{Manager, ManagerConfig, Pool, PoolError, RecyclingMethod, Runtime};
+use deadpool_postgres::{Manager, ManagerConfig, Pool, PoolError, QueueMode, RecyclingMethod, Runtime};
 use tokio_postgres::config::Host;
 use tokio_postgres_rustls::MakeRustlsConnect;
 
@@ -55,6 +55,7 @@ impl Target {
         let manager = Manager::from_config(self.config.clone(), self.tls.clone(), manager);
         Pool::builder(manager)
             .max_size(size)
+            .queue_mode(QueueMode::Lifo) // the one used last has its plans at hand
             .runtime(Runtime::Tokio1)
             .wait_timeout(Some(Duration::from_secs(30)))
             .build()

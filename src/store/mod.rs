@@ -22,7 +22,7 @@ pub use connect::Target;
 pub use migrate::{Migrated, VERSION, script};
 pub(crate) use queries::{Queries, quote};
 pub use read::{Filter, JobRow, LiveCount, NodeRow};
-pub use rows::{Claim, Claimed, Mark, Settlement};
+pub use rows::{Claim, Claimed, ClaimedJob, Mark, Settlement};
 pub use tid::Tid;
 
 use crate::error::{Error, Result};

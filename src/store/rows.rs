@@ -8,7 +8,7 @@ use tokio_postgres::types::{FromSql, ToSql, Type};
 use tokio_util::sync::CancellationToken;
 
 use super::Tid;
-use crate::job::{ClaimedJob, Meta};
+use crate::job::Meta;
 use crate::lifecycle::Verdict;
 
 /// What to claim.
@@ -50,6 +50,17 @@ pub struct Claimed {
     pub contended: bool,
     /// How long the database read the line.
     pub reading: Duration,
+}
+
+/// A job as it comes out of the database.
+#[derive(Debug, Clone)]
+pub struct ClaimedJob {
+    pub(crate) meta: Meta,
+    pub(crate) payload: Box<str>,
+    pub(crate) tid: Tid,
+    pub(crate) token: i64,
+    pub(crate) timeout: Option<Duration>,
+    pub(crate) waited: Duration,
 }
 
 /// A JSON column as the text it came with.
