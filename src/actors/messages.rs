@@ -151,6 +151,6 @@ pub struct Observe;
 pub struct Observed {
     /// What the actor does now, in a word.
     pub state: String,
-    /// How much of its work is at hand: jobs claimed, slots busy, attempts to settle.
+    /// How much of its work is at hand: slots busy, attempts to settle, claims open.
     pub load: usize,
 }

@@ -219,8 +219,8 @@ impl Handler<Observe> for WorkerPool {
     type Result = Observed;
 
     fn handle(&mut self, _: Observe, _: &mut Self::Context) -> Observed {
-        let busy = self.shared.busy.load(Ordering::Acquire);
+        let load = self.shared.busy.load(Ordering::Acquire);
         let state = if self.shared.backlog.is_closed() { "drained" } else { "open" };
-        Observed { state: state.into(), load: busy + self.shared.backlog.jobs() }
+        Observed { state: state.into(), load }
     }
 }

@@ -177,8 +177,10 @@ async fn draining_gives_back_what_outlives_the_grace_period_uncounted() {
     let enqueue =
         async |ms: u64| db.client.enqueue(pgcue::NewJob::new("sleep", format!("{{\"ms\":{ms}}}"))).await.unwrap();
     let (short, long) = (enqueue(150).await, enqueue(60_000).await);
-    db.reaches(short, "running").await;
-    db.reaches(long, "running").await;
+    eventually("both run", Duration::from_secs(5), || async {
+        node.observe().await.iter().any(|(name, pool)| name == "pool default" && pool.load == 2)
+    })
+    .await;
     let error = node.drain().await.unwrap_err();
     assert_eq!(error.to_string(), "stopped before all jobs had finished: 1 were given back while they ran");
     assert_eq!(db.job(short).await.state, "completed");
