@@ -19,7 +19,7 @@ use crate::actors::completer::Completer;
 use crate::actors::dispatcher::{Dispatcher, Resting};
 use crate::actors::keeper::LeaseKeeper;
 use crate::actors::listener::Listener;
-use crate::actors::messages::{Drain, DrainPool, EndLease, Flush, Observe, Observed};
+use crate::actors::messages::{Drain, DrainPool, EndLease, Flush, Observe, Observed, Stop};
 use crate::actors::reaper::Reaper;
 use crate::actors::scheduler::{Rest, Scheduler};
 use crate::actors::supervisor::Handlers;
@@ -277,6 +277,13 @@ impl Running {
         if let Some(http) = self.http {
             http.stop().await;
         }
+        self.dispatchers.values().for_each(|actor| actor.do_send(Stop));
+        self.pools.values().for_each(|actor| actor.do_send(Stop));
+        self.listener.iter().for_each(|actor| actor.do_send(Stop));
+        self.scheduler.do_send(Stop);
+        self.reaper.do_send(Stop);
+        self.completer.do_send(Stop);
+        self.keeper.do_send(Stop);
         tracing::info!(given_back, flushed, ended, "drained");
         if given_back > 0 || !flushed {
             return Err(Error::Unfinished(given_back));

@@ -206,3 +206,5 @@ impl Handler<Observe> for Completer {
         Observed { state: if load == 0 { "idle" } else { "settling" }.into(), load }
     }
 }
+
+super::messages::stops!(Completer);

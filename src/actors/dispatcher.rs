@@ -263,10 +263,14 @@ impl Dispatcher {
     fn asked(&mut self, standing: Standing, ctx: &mut Context<Self>) {
         self.rest.doing = Doing::Nothing;
         if let Some(drained) = self.rest.drained.take() {
+            self.rest.standing = Some(standing);
+            self.stand_down();
             let _ = drained.send(());
             return;
         }
         match standing {
+            // The answer may be older than what woke us: perhaps that sentry has left.
+            Standing::Guarded if self.rest.woken => {}
             Standing::Sentry | Standing::Guarded => {
                 self.rest.standing = Some(standing);
                 self.rest.seen_all = false;
@@ -366,3 +370,5 @@ impl Handler<Observe> for Dispatcher {
         Observed { state: state.into(), load: 0 }
     }
 }
+
+super::messages::stops!(Dispatcher);

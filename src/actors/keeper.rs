@@ -164,3 +164,5 @@ impl Handler<Observe> for LeaseKeeper {
         Observed { state: state.into(), load: self.lease.open_claims() }
     }
 }
+
+super::messages::stops!(LeaseKeeper);

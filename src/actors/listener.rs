@@ -26,16 +26,19 @@ pub(crate) struct Listener {
     bell: Bell,
     pools: Vec<Recipient<Cancel>>,
     session: Option<Arc<Client>>,
+    /// Which session it is, so that the end of an old one is not taken for the end of this.
+    number: u64,
     pause: Duration,
 }
 
 impl Listener {
     pub(crate) fn new(store: Store, metrics: Metrics, bell: Bell, pools: Vec<Recipient<Cancel>>) -> Self {
-        Listener { store, metrics, bell, pools, session: None, pause: RECONNECT.0 }
+        Listener { store, metrics, bell, pools, session: None, number: 0, pause: RECONNECT.0 }
     }
 
     fn connect(&mut self, ctx: &mut Context<Self>) {
-        let (store, address) = (self.store.clone(), ctx.address());
+        self.number += 1;
+        let (store, address, number) = (self.store.clone(), ctx.address(), self.number);
         let connect = async move {
             let (client, mut connection) = store.target().connect().await?;
             // Drives the session and passes on what it hears, until it ends.
@@ -46,20 +49,21 @@ impl Listener {
                         address.do_send(Heard(note.payload().to_owned()));
                     }
                 }
-                address.do_send(Lost);
+                address.do_send(Lost(number));
             });
             client.batch_execute(&format!("listen {}", quote(store.schema()))).await?;
             Ok::<_, crate::Error>(client)
         };
         ctx.spawn(connect.into_actor(self).map(|connected, listener, ctx| match connected {
-            Ok(client) => {
+            Ok(client) if !client.is_closed() => {
                 listener.session = Some(Arc::new(client));
                 listener.pause = RECONNECT.0;
                 // What was said meanwhile was not heard.
                 listener.wake_all(Cause::Recovered);
             }
-            Err(error) => {
-                tracing::warn!(%error, "the listener cannot connect");
+            failed => {
+                let error = failed.err().map(|e| e.to_string());
+                tracing::warn!(error, "the listener cannot connect");
                 let pause = listener.pause.mul_f64(0.5 + rand::random::<f64>());
                 listener.pause = (listener.pause * 2).min(RECONNECT.1);
                 ctx.run_later(pause, |listener, ctx| listener.connect(ctx));
@@ -73,13 +77,19 @@ impl Listener {
     }
 
     /// Call a function of one queue on the session.
-    fn call(&self, sql: &str, queue: Arc<str>) -> impl Future<Output = Option<String>> + use<> {
+    fn call(&self, sql: &str, queue: Arc<str>, ctx: &Context<Self>) -> impl Future<Output = Option<String>> + use<> {
         let session = self.session.clone();
         let sql = sql.to_owned();
+        let (address, number) = (ctx.address(), self.number);
         async move {
             let call = async { session?.query_typed(&sql, &[(&&*queue, Type::TEXT)]).await.ok() };
-            let rows = tokio::time::timeout(DEADLINE, call).await.ok()??;
-            rows.first()?.try_get::<_, Option<String>>(0).ok()?
+            match tokio::time::timeout(DEADLINE, call).await {
+                Ok(rows) => rows?.first()?.try_get::<_, Option<String>>(0).ok()?,
+                Err(_) => {
+                    address.do_send(Lost(number));
+                    None
+                }
+            }
         }
     }
 }
@@ -89,10 +99,10 @@ impl Listener {
 #[rtype(result = "()")]
 struct Heard(String);
 
-/// The session ended.
+/// The session of this number ended, or is given up.
 #[derive(Message)]
 #[rtype(result = "()")]
-struct Lost;
+struct Lost(u64);
 
 impl Actor for Listener {
     type Context = Context<Self>;
@@ -129,8 +139,8 @@ impl Handler<Heard> for Listener {
 impl Handler<Lost> for Listener {
     type Result = ();
 
-    fn handle(&mut self, _: Lost, ctx: &mut Self::Context) {
-        if self.session.take().is_some() {
+    fn handle(&mut self, Lost(number): Lost, ctx: &mut Self::Context) {
+        if number == self.number && self.session.take().is_some() {
             tracing::warn!("the listener's connection broke");
             self.metrics.reconnects.inc();
             self.wake_all(Cause::Recovered); // nobody stands sentry any more
@@ -142,8 +152,8 @@ impl Handler<Lost> for Listener {
 impl Handler<Rest> for Listener {
     type Result = ResponseFuture<Standing>;
 
-    fn handle(&mut self, Rest(queue): Rest, _: &mut Self::Context) -> Self::Result {
-        let answer = self.call(&self.store.queries().stand_sentry, queue);
+    fn handle(&mut self, Rest(queue): Rest, ctx: &mut Self::Context) -> Self::Result {
+        let answer = self.call(&self.store.queries().stand_sentry, queue, ctx);
         Box::pin(async move {
             match answer.await.as_deref() {
                 Some("sentry") => Standing::Sentry,
@@ -159,7 +169,7 @@ impl Handler<Leave> for Listener {
     type Result = ();
 
     fn handle(&mut self, Leave(queue): Leave, ctx: &mut Self::Context) {
-        let left = self.call(&self.store.queries().leave_sentry, queue);
+        let left = self.call(&self.store.queries().leave_sentry, queue, ctx);
         ctx.spawn(left.into_actor(self).map(|_, _, _| ()));
     }
 }
@@ -171,3 +181,5 @@ impl Handler<Observe> for Listener {
         Observed { state: if self.session.is_some() { "listening" } else { "connecting" }.into(), load: 0 }
     }
 }
+
+super::messages::stops!(Listener);

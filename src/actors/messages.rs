@@ -141,6 +141,25 @@ pub enum Standing {
 #[rtype(result = "()")]
 pub struct Leave(pub Arc<str>);
 
+/// To any actor, when the node has drained: end, and let go of what you hold.
+#[derive(Message, Clone, Copy)]
+#[rtype(result = "()")]
+pub struct Stop;
+
+/// Every actor of a node ends the same way.
+macro_rules! stops {
+    ($actor:ty) => {
+        impl actix::Handler<$crate::actors::messages::Stop> for $actor {
+            type Result = ();
+
+            fn handle(&mut self, _: $crate::actors::messages::Stop, ctx: &mut Self::Context) {
+                actix::ActorContext::stop(ctx);
+            }
+        }
+    };
+}
+pub(crate) use stops;
+
 /// To any actor: what is your state? Tests wait on it instead of sleeping.
 #[derive(Message)]
 #[rtype(result = "Observed")]

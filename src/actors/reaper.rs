@@ -79,3 +79,5 @@ impl Handler<Observe> for Reaper {
         Observed { state: if waits { "waiting" } else { "watching" }.into(), load: 0 }
     }
 }
+
+super::messages::stops!(Reaper);

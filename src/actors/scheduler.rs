@@ -122,3 +122,5 @@ impl Handler<Observe> for Scheduler {
         Observed { state: if self.rest.passing { "passing" } else { "waiting" }.into(), load }
     }
 }
+
+super::messages::stops!(Scheduler);

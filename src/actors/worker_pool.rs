@@ -224,3 +224,5 @@ impl Handler<Observe> for WorkerPool {
         Observed { state: state.into(), load }
     }
 }
+
+super::messages::stops!(WorkerPool);

@@ -147,8 +147,18 @@ async fn the_other_node_takes_the_post_when_the_sentry_leaves() {
     let db = database().await;
     let (one, two) = (node(&db, "one").await, node(&db, "two").await);
     asleep(&[&one, &two]).await;
-    let (sentry, other) = if state(&one).await == "sentry" { (one, two) } else { (two, one) };
+    let one_is_sentry = state(&one).await == "sentry";
+    let (name, sentry, other) = if one_is_sentry { ("one", one, two) } else { ("two", two, one) };
+    let sql = db.sql().await;
+    let sessions = format!(
+        "select count(*) from pg_stat_activity where application_name = 'pgcue {name}' and datname = current_database()"
+    );
+    assert!(crate::support::value::<i64>(&sql, &sessions).await >= 2);
     sentry.drain().await.unwrap();
+    eventually("a drained node holds no session", Duration::from_secs(5), || async {
+        crate::support::value::<i64>(&sql, &sessions).await == 0
+    })
+    .await;
     asleep(&[&other]).await;
     let job = db.client.enqueue(NewJob::new("noop", "1")).await.unwrap();
     db.reaches(job, "completed").await;
