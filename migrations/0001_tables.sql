@@ -13,15 +13,18 @@ create table jobs (
   payload json not null default 'null',
   priority smallint not null default 0,
   expected_at timestamptz not null default 'infinity',
-  run_at timestamptz not null default now(),
+  run_at timestamptz not null default now()
+    constraint "run_at must be finite" check (isfinite(run_at)),
   max_attempts smallint not null default 25
     constraint "max_attempts must be 1 or more" check (max_attempts > 0),
   timeout interval
-    constraint "timeout must be longer than zero" check (timeout > interval '0'),
+    constraint "timeout must be longer than zero, up to 1000 years"
+      check (timeout > interval '0' and timeout <= interval '1000 years'),
   cursor_key text
     constraint "cursor_key must be 1 to 1024 bytes" check (octet_length(cursor_key) between 1 and 1024),
   headers json,
-  created_at timestamptz not null default now(),
+  created_at timestamptz not null default now()
+    constraint "created_at must be finite" check (isfinite(created_at)),
   -- Written by pgcue alone. stage: what the indexes know of the row; a claim never writes it.
   stage stage not null default 'ready',
   pos bigint not null default nextval('line'),

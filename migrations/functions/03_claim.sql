@@ -111,6 +111,8 @@ declare
   chosen tid[];
   contended boolean := false;
   ids bigint[];
+  line_lanes smallint[];
+  line_marks bigint[];
 begin
   perform require_read_committed();
   -- The lease first: the reaper locks it before it touches jobs, so no claim ends leased to nobody.
@@ -123,28 +125,36 @@ begin
     return;
   end if;
 
-  line := read_line(claim_lanes.lease, claim_lanes.queue, claim_lanes.kinds, claim_lanes.max_jobs, cutoff,
-    claim_lanes.lanes, claim_lanes.marks);
-  -- Plain rows are locked only now: another claimer may have been faster. The nested loops over unnest,
-  -- here and below, keep the order of the line.
-  with locked as materialized (
-    select j.ctid as tid, j.id
-    from unnest(line.tids, line.keys) c(tid, key) join jobs j on j.ctid = c.tid
-    where c.key is null and j.token is null and j.stage in ('ready', 'suspect')
-    for update of j skip locked
-  )
-  select coalesce(array_agg(l.tid), '{}'), array_agg(l.id) into chosen, ids from locked l;
-  contended := cardinality(chosen) < cardinality(array_positions(line.keys, null));
+  line_lanes := claim_lanes.lanes;
+  line_marks := claim_lanes.marks;
+  for again in 1 .. 50 loop
+    line := read_line(claim_lanes.lease, claim_lanes.queue, claim_lanes.kinds, claim_lanes.max_jobs, cutoff,
+      line_lanes, line_marks);
+    -- Plain rows are locked only now: another claimer may have been faster. The nested loops over unnest,
+    -- here and below, keep the order of the line.
+    with locked as materialized (
+      select j.ctid as tid, j.id
+      from unnest(line.tids, line.keys) c(tid, key) join jobs j on j.ctid = c.tid
+      where c.key is null and j.token is null and j.stage in ('ready', 'suspect')
+      for update of j skip locked
+    )
+    select coalesce(array_agg(l.tid), '{}'), array_agg(l.id) into chosen, ids from locked l;
+    contended := cardinality(chosen) < cardinality(array_positions(line.keys, null));
 
-  select null::tid[] as tids, null::bigint[] as ids, null::text[] as no_room into runs;
-  if cardinality(array_remove(line.keys, null)) > 0 then
+    select null::tid[] as tids, null::bigint[] as ids, null::text[] as no_room into runs;
+    exit when cardinality(array_remove(line.keys, null)) = 0;
     runs := own_cursors(claim_lanes.token, claim_lanes.queue, claim_lanes.kinds, cutoff, line.tids, line.keys,
-      claim_lanes.max_jobs - cardinality(chosen),
+      line.suspect > 0, claim_lanes.max_jobs - cardinality(chosen),
       case when line.suspect > 0 then 1 else claim_lanes.run_length end);
     contended := contended or runs.contended;
     chosen := chosen || runs.tids;
     ids := ids || runs.ids;
-  end if;
+    -- All that was met belongs to busy cursors and is parked now: others may stand behind.
+    exit when cardinality(chosen) > 0 or runs.parked = 0;
+    contended := true;
+    line_lanes := line.lanes;
+    line_marks := line.marks;
+  end loop;
 
   return query
     select l.lane, least(l.mark, (
@@ -153,7 +163,8 @@ begin
         where c.key = any(runs.no_room) and c.lane = l.lane)),
       contended, null::bigint, null::tid, null::text, null::json, null::smallint, null::smallint, null::bigint,
       null::json, line.took_ms, null::text, null::json, null::bigint
-    from unnest(line.lanes, line.marks) l(lane, mark);
+    -- A claim of a suspect reads no lane, and has one row to say if it was contended.
+    from unnest(coalesce(line.lanes, array[null::smallint]), coalesce(line.marks, array[null::bigint])) l(lane, mark);
   if cardinality(chosen) = 0 then
     return;
   end if;

@@ -3,9 +3,11 @@
 
 -- The first max_jobs jobs of one cursor's mailbox that may run now, in order: a held job first, then by
 -- priority, expected_at and id. The run ends before a kind that the claimer lacks and before a row that
--- is locked; a suspect runs alone. A cursor held by a job that is still scheduled has no run.
+-- is locked. Suspects are left to claims of a suspect, which take only the head. A cursor held by a job
+-- that is still scheduled has no run.
 create or replace function take_run(
-  queue text, key text, hold bigint, kinds text[], max_jobs int, cutoff timestamptz, out tids tid[], out ids bigint[]
+  queue text, key text, hold bigint, kinds text[], max_jobs int, suspect boolean, cutoff timestamptz,
+  out tids tid[], out ids bigint[]
 )
 language plpgsql set search_path from current
 set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off
@@ -27,13 +29,11 @@ begin
     where j.id = any(array(select m.id from mailbox m)) and j.token is null for update skip locked
   ), judged as (
     select m.n, m.id, l.tid, bool_and(l.tid is not null and m.stage <> 'scheduled' and m.run_at <= take_run.cutoff
-        and coalesce(m.kind = any(take_run.kinds), true) and (m.n = 1 or m.losses = 0)) over line as runs,
-      first_value(m.losses) over line > 0 as suspect
+        and coalesce(m.kind = any(take_run.kinds), true)
+        and case when take_run.suspect then m.n = 1 else m.losses = 0 end) over (order by m.n) as runs
     from mailbox m left join locked l on l.id = m.id
-    window line as (order by m.n)
   )
-  select array_agg(j.tid order by j.n), array_agg(j.id order by j.n) into tids, ids
-    from judged j where j.runs and (j.n = 1 or not j.suspect);
+  select array_agg(j.tid order by j.n), array_agg(j.id order by j.n) into tids, ids from judged j where j.runs;
 end $$;
 
 -- What a claim does with the candidates that have a cursor: own each free cursor and take a run of it
@@ -41,8 +41,8 @@ end $$;
 -- cursor lets go. A cursor that is locked this instant is being let go of: its head comes by again.
 create or replace function own_cursors(
   token bigint, queue text, kinds text[], cutoff timestamptz,
-  inout tids tid[], in keys text[], in room int, in run_length int,
-  out ids bigint[], out no_room text[], out contended boolean
+  inout tids tid[], in keys text[], in suspect boolean, in room int, in run_length int,
+  out ids bigint[], out no_room text[], out contended boolean, out parked int
 )
 language plpgsql set search_path from current
 set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off
@@ -76,7 +76,8 @@ begin
       contended := true;
       not_locked := not_locked || met;
     elsif cursor.owner is null then
-      run := take_run(own_cursors.queue, met, cursor.hold, own_cursors.kinds, least(run_length, room), cutoff);
+      run := take_run(own_cursors.queue, met, cursor.hold, own_cursors.kinds, least(run_length, room), suspect,
+        cutoff);
       if run.ids is not null then
         run_tids := run_tids || run.tids;
         ids := ids || run.ids;
@@ -90,9 +91,10 @@ begin
   -- (NOT IN is a hash probe whatever the estimates say; = ANY of a variable is a linear search.)
   update jobs j set stage = 'blocked' where j.ctid = any(array(
     select j.ctid from unnest(own_cursors.tids, own_cursors.keys) c(tid, key) join jobs j on j.ctid = c.tid
-    where c.key not in (select unnest(no_room || not_locked)) and c.tid not in (select unnest(run_tids))
+    where c.key is not null and c.key not in (select unnest(no_room || not_locked)) and c.tid not in (select unnest(run_tids))
       and j.stage in ('ready', 'suspect') and j.token is null
     for update of j skip locked));
+  get diagnostics parked = row_count;
   tids := run_tids;
 end $$;
 
@@ -111,10 +113,12 @@ begin
       from (select distinct u.queue, u.key from unnest(pass_on.queues, pass_on.keys) u(queue, key)) k
       join cursors c on c.queue = k.queue and c.key = k.key
       cross join lateral (
-        select m.id, m.token from jobs m
-        where m.queue = c.queue and m.cursor_key = c.key and m.stage <> 'scheduled'
-        order by m.priority desc, m.expected_at, m.id limit 1
+        (select m.id, m.token, m.stage from jobs m where m.id = c.hold)
+        union all
+        (select m.id, m.token, m.stage from jobs m
+          where m.queue = c.queue and m.cursor_key = c.key and m.stage <> 'scheduled'
+          order by m.priority desc, m.expected_at, m.id limit 1)
+        limit 1
       ) h
-      where c.owner is null and h.token is null
-        and not exists (select from jobs held where held.id = c.hold)));
+      where c.owner is null and h.token is null and h.stage <> 'scheduled'));
 end $$;

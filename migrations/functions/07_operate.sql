@@ -11,6 +11,10 @@ declare
   job record;
 begin
   perform require_read_committed();
+  -- A claim in flight may be about to make the cursor's row: then this waits for it.
+  insert into cursors (queue, key)
+    select j.queue, j.cursor_key from jobs j where j.id = cancel.id and j.cursor_key is not null
+    on conflict do nothing;
   perform from cursors c
     where (c.queue, c.key) = (select j.queue, j.cursor_key from jobs j where j.id = cancel.id) for update;
   select j.ctid as tid, j.token, j.queue, j.cursor_key into job from jobs j where j.id = cancel.id for update;
@@ -90,8 +94,9 @@ begin
         execute format('create table %I (like finished_jobs including defaults including indexes)', name);
         execute format('alter table finished_jobs attach partition %I for values from (%L) to (%L)',
           name, day::timestamptz, (day + 1)::timestamptz);
-      exception when lock_not_available or check_violation then
-        exit; -- busy, or the default partition holds rows of that day
+      exception
+        when lock_not_available then exit;
+        when check_violation then continue; -- the default partition holds rows of that day
       end;
     end if;
     ahead := day - today;
@@ -108,6 +113,9 @@ begin
       exit;
     end;
   end loop;
+  if keep_days > 0 then
+    delete from finished_jobs_default where finished_at < (today - keep_days)::timestamptz;
+  end if;
   delete from lanes a using lanes b where a.queue = b.queue and a.priority = b.priority and a.ctid > b.ctid;
   return ahead;
 end $$;

@@ -105,7 +105,7 @@ impl Completer {
             }
             return;
         }
-        let rest = self.pending.split_off(self.pending.len().min(MAX_SETTLE));
+        let rest = self.pending.split_off(cut(&self.pending, MAX_SETTLE));
         let batch = std::mem::replace(&mut self.pending, rest);
         self.settling = batch.len();
         self.metrics.settle_size.with_label_values::<&str>(&[]).observe(batch.len() as f64);
@@ -145,21 +145,34 @@ fn settle_all<'a>(store: &'a Store, mut batch: Vec<Settlement>, lease: &'a Lease
                 Err(error) => break error,
             }
         };
-        if batch.len() > 1 {
-            let second = batch.split_off(batch.len() / 2);
+        let half = cut(&batch, batch.len() / 2);
+        if half < batch.len() {
+            let second = batch.split_off(half);
             return settle_all(store, batch, lease).await + settle_all(store, second, lease).await;
         }
-        tracing::error!(%error, job = batch[0].id, "the database refuses what this job left");
+        tracing::error!(%error, job = batch[0].id, jobs = batch.len(), "the database refuses what these jobs left");
         let why = format!("what it left cannot be stored: {error}");
         let verdict = Verdict { outcome: Settled::Failed, error: Some(why), ..Default::default() };
         if batch[0].verdict == verdict {
-            return 1; // not even that: the lease will run out
+            return batch.len(); // not even that: the lease will run out
         }
-        batch[0].verdict = verdict;
-        batch[0].snapshot = None;
+        for settlement in &mut batch {
+            settlement.verdict = verdict.clone();
+            settlement.snapshot = None;
+        }
         settle_all(store, batch, lease).await
     }
     .boxed_local()
+}
+
+/// Where to cut a batch, at `wanted` or as soon after it as cuts through no run: a settle lets a cursor
+/// go, so it must have all of the run.
+fn cut(batch: &[Settlement], wanted: usize) -> usize {
+    let of_one_run = |i: usize| {
+        let (a, b) = (&batch[i - 1], &batch[i]);
+        a.in_cursor && b.in_cursor && a.token == b.token
+    };
+    (wanted.max(1)..batch.len()).find(|i| !of_one_run(*i)).unwrap_or(batch.len())
 }
 
 async fn attempt(store: &Store, batch: &[Settlement]) -> Result<usize> {
@@ -208,3 +221,29 @@ impl Handler<Observe> for Completer {
 }
 
 super::messages::stops!(Completer);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn batch(tokens: &[(i64, bool)]) -> Vec<Settlement> {
+        let settlement = |&(token, in_cursor): &(i64, bool)| Settlement {
+            id: 0,
+            token,
+            tid: Default::default(),
+            verdict: Verdict::default(),
+            started: std::time::Instant::now(),
+            in_cursor,
+            snapshot: None,
+        };
+        tokens.iter().map(settlement).collect()
+    }
+
+    #[test]
+    fn batches_are_cut_through_no_run() {
+        let plain = batch(&[(1, false); 5]);
+        assert_eq!((cut(&plain, 2), cut(&plain, 9), cut(&plain[..1], 0)), (2, 5, 1));
+        let runs = batch(&[(1, true), (1, true), (1, true), (2, true), (2, true)]);
+        assert_eq!((cut(&runs, 1), cut(&runs, 3), cut(&runs, 4)), (3, 3, 5));
+    }
+}

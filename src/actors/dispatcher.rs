@@ -143,6 +143,12 @@ impl Dispatcher {
             };
             lease.opens(token);
             match store.claim(&claim).await {
+                Ok(claimed) if lease.id() != Some(lease_id) => {
+                    // The lease was lost meanwhile: nobody would tell these jobs to stop.
+                    tracing::warn!(jobs = claimed.jobs.len(), "a claim came back after its lease was lost");
+                    actix_rt::spawn(async move { drop(store.give_back(token).await) });
+                    Pass::NoLease
+                }
                 Ok(claimed) => {
                     lease.opened(token, claimed.jobs.len());
                     Pass::Claimed { claimed, wanted: wanted.jobs, full }
@@ -176,14 +182,14 @@ impl Dispatcher {
             }
             Pass::Claimed { claimed, wanted, full } => {
                 let found = claimed.jobs.len();
-                // Without marks no lane was read: the claim took a suspect, or the queue is paused.
+                if full && (found == 0 || !claimed.marks.is_empty()) {
+                    self.rest.passes.made(now, claimed.reading);
+                    self.rest.seen_all = found == 0 && !self.rest.woken;
+                    self.bell.wake_scheduler(Cause::Tick);
+                }
+                // Without marks no lane was read: the claim took a suspect, or there is nothing to read.
                 if !claimed.marks.is_empty() {
                     self.rest.marks.read(now, claimed.marks, found < wanted);
-                    if full {
-                        self.rest.passes.made(now, claimed.reading);
-                        self.rest.seen_all = found == 0 && !self.rest.woken;
-                        self.bell.wake_scheduler(Cause::Tick);
-                    }
                 }
                 if found > 0 {
                     self.start(claimed.jobs);
@@ -298,6 +304,9 @@ impl Dispatcher {
         }
         self.rest.timer = Some(ctx.run_later(time, |dispatcher, ctx| {
             dispatcher.rest.timer = None;
+            if dispatcher.rest.standing == Some(Standing::Guarded) {
+                dispatcher.rest.standing = None; // the sentry may have died: ask again
+            }
             dispatcher.metrics.wakeups.with_label_values(&[&*dispatcher.queue, Cause::Tick.as_str()]).inc();
             dispatcher.rest.passes.hurry(Instant::now());
             dispatcher.pass(ctx);

@@ -79,10 +79,13 @@ impl LeaseKeeper {
             if !extended.alive {
                 return Ok(Beat::Ended);
             }
-            // A claim whose reply was lost: nobody here will ever run it.
+            // Claims whose reply was lost: nobody here will ever run them.
             for token in lease.unknown(extended.open_claims) {
-                let moved = store.give_back(token).await?;
-                tracing::warn!(token, moved, "gave back a claim whose reply was lost");
+                let store = store.clone();
+                actix_rt::spawn(async move {
+                    let moved = store.give_back(token).await;
+                    tracing::warn!(token, ?moved, "gave back a claim whose reply was lost");
+                });
             }
             Ok(Beat::Kept { cancelled: extended.cancelled })
         };

@@ -129,9 +129,11 @@ impl Handler<Heard> for Listener {
             }
             _ => return,
         };
-        self.bell.wake(object, cause);
         if cause == Cause::Notified {
+            self.bell.wake(object, cause);
             self.bell.wake_scheduler(cause);
+        } else {
+            self.bell.wake_all(cause); // queues share posts
         }
     }
 }

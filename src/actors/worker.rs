@@ -1,6 +1,7 @@
 //! A worker is one slot: an actor on a thread that takes runs from its pool's backlog, one at a time,
 //! makes their attempts and hands the endings to the Completer.
 
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -61,7 +62,7 @@ pub(crate) struct Current(Mutex<Option<Attempt>>);
 pub(crate) struct Attempt {
     pub(crate) job: ClaimedJob,
     /// The jobs of the same run that come after it.
-    pub(crate) rest: Vec<ClaimedJob>,
+    pub(crate) rest: VecDeque<ClaimedJob>,
     /// Those that ended before it, not settled yet.
     pub(crate) ended: Vec<EndedAttempt>,
     pub(crate) started: Instant,
@@ -77,6 +78,14 @@ impl Current {
     pub(crate) fn take_if(&self, which: impl FnOnce(&Attempt) -> bool) -> Option<Attempt> {
         let mut current = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if current.as_ref().is_some_and(which) { current.take() } else { None }
+    }
+
+    /// The lease is lost: tell the running handler to stop, and forget the rest of its run.
+    pub(crate) fn forsake(&self) {
+        if let Some(attempt) = &mut *self.0.lock().unwrap_or_else(PoisonError::into_inner) {
+            attempt.rest.clear();
+            attempt.job.meta.cancelled.cancel();
+        }
     }
 
     /// Tell the running handler to stop, if `which` says so.
@@ -152,26 +161,25 @@ async fn work(shared: Arc<Shared>, current: Arc<Current>) {
 /// Make the attempts of one run. None if the pool took the attempt away.
 async fn execute(run: JobRun, shared: &Shared, current: &Current, runners: &mut Runners) -> Option<Vec<EndedAttempt>> {
     let mut ended = Vec::with_capacity(run.len());
-    let mut rest = run.into_iter();
+    let mut rest: VecDeque<ClaimedJob> = run.into();
     let mut state = None;
-    while let Some(mut job) = rest.next() {
+    while let Some(mut job) = rest.pop_front() {
         if let Some(state) = &state {
             job.meta.cursor_state = Some(Arc::clone(state));
         }
         let meta = job.meta.clone();
         let payload = std::mem::take(&mut job.payload);
-        let timeout = shared.handlers.limit(&job);
+        let limit = shared.handlers.limit(&job);
         let span =
             tracing::info_span!("job", id = meta.id, kind = &*meta.kind, queue = &*meta.queue, attempt = meta.attempt);
         let started = Instant::now();
-        let remaining = rest.as_slice().to_vec();
-        current.set(Attempt { job, rest: remaining, ended, started, limit: timeout });
-        let (end, rebuilt) = runners.attempt(&payload, meta, timeout).instrument(span).await;
+        current.set(Attempt { job, rest, ended, started, limit });
+        let (end, rebuilt) = runners.attempt(&payload, meta, limit).instrument(span).await;
         let attempt = current.take_if(|_| true)?;
         if let Some(cause) = rebuilt {
             shared.metrics.rebuilt.with_label_values(&[&*attempt.job.meta.queue, cause]).inc();
         }
-        ended = attempt.ended;
+        (ended, rest) = (attempt.ended, attempt.rest);
         shared.ran(started.elapsed());
         let last = settlement(attempt.job, end, Some(started), &shared.handlers);
         let outcome = last.settlement.verdict.outcome;
@@ -183,6 +191,6 @@ async fn execute(run: JobRun, shared: &Shared, current: &Current, runners: &mut 
             break; // the cursor waits for this job
         }
     }
-    ended.extend(rest.map(|job| settlement(job, End::Released, None, &shared.handlers)));
+    ended.extend(rest.into_iter().map(|job| settlement(job, End::Released, None, &shared.handlers)));
     Some(ended)
 }

@@ -105,6 +105,7 @@ impl WorkerPool {
             self.shared.ask_if_hungry();
         }
         self.shared.backlog.nudge();
+        self.shared.ask_if_hungry();
         let busy = self.shared.busy.load(Ordering::Acquire);
         self.shared.metrics.slots.with_label_values(&[&*self.queue, "busy"]).set(busy as i64);
         self.shared
@@ -182,7 +183,7 @@ impl Handler<LeaseLost> for WorkerPool {
     fn handle(&mut self, _: LeaseLost, _: &mut Self::Context) {
         drop(self.shared.backlog.empty()); // others run them now
         for slot in &self.slots {
-            slot.current.cancel_if(|_| true);
+            slot.current.forsake();
         }
     }
 }

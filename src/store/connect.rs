@@ -75,6 +75,12 @@ impl Target {
         self.config.connect(self.tls.clone()).await.map_err(|e| self.explain(&e))
     }
 
+    /// Ask the server to stop what a session does; it need not answer.
+    pub fn cancel(&self, token: tokio_postgres::CancelToken) {
+        let tls = self.tls.clone();
+        actix_rt::spawn(async move { drop(tokio::time::timeout(CONNECT_TIMEOUT, token.cancel_query(tls)).await) });
+    }
+
     /// A failed connection as pgcue's error.
     pub fn explain(&self, error: &tokio_postgres::Error) -> Error {
         let reason = match error.as_db_error() {

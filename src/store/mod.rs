@@ -100,7 +100,8 @@ impl Store {
         match tokio::time::timeout(DEADLINE, call(&connection, &self.inner.queries)).await {
             Ok(result) => Ok(result?),
             Err(_) => {
-                drop(Object::take(connection));
+                let client = Object::take(connection);
+                self.inner.target.cancel(client.cancel_token());
                 Err(Error::Deadline(DEADLINE))
             }
         }

@@ -94,9 +94,12 @@ impl Claimed {
         };
         for row in rows {
             let Some(id) = row.get::<_, Option<i64>>(3) else {
-                claimed.marks.push(Mark { priority: row.get(0), pos: row.get(1) });
+                if let Some(priority) = row.get(0) {
+                    claimed.marks.push(Mark { priority, pos: row.get(1) });
+                }
                 claimed.contended |= row.get::<_, bool>(2);
-                claimed.reading = Duration::from_secs_f64(row.get::<_, f64>(11).max(0.0) / 1000.0);
+                let reading = row.get::<_, Option<f64>>(11).unwrap_or_default();
+                claimed.reading = Duration::from_secs_f64(reading.max(0.0) / 1000.0);
                 continue;
             };
             let kind: &str = row.get(5);

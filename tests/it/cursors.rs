@@ -95,3 +95,60 @@ async fn a_dead_owner_lets_go_of_its_cursors() {
     assert_eq!((job.result.unwrap().get(), job.losses), ("2", 1));
     node.drain().await.unwrap();
 }
+
+#[actix::test]
+async fn a_retry_without_delay_does_not_strand_its_cursor() {
+    let db = database().await;
+    let sql = db.sql().await;
+    for outcome in ["retry", "snooze"] {
+        let ids = db.client.enqueue_many([append(1, outcome), append(2, outcome)]).await.unwrap();
+        for (id, end) in [
+            (ids[0], format!("'{outcome}', delay => '0'")),
+            (ids[0], "'completed'".into()),
+            (ids[1], "'completed'".into()),
+        ] {
+            let row = sql.query_one("select id, token from claim()", &[]).await.unwrap();
+            assert_eq!(row.get::<_, i64>(0), id, "{outcome}: the held job comes first");
+            sql.batch_execute(&format!("select settle({id}, {}, {end})", row.get::<_, i64>(1))).await.unwrap();
+        }
+    }
+    assert_eq!(value::<i64>(&sql, "select count(*) from jobs").await, 0);
+}
+
+#[actix::test]
+async fn what_stands_behind_a_busy_cursors_jobs_does_not_wait() {
+    let db = database().await;
+    let sql = db.sql().await;
+    sql.batch_execute(
+        "insert into jobs (kind, cursor_key) select 'append', 'busy' from generate_series(1, 300);
+         insert into jobs (kind) values ('noop')",
+    )
+    .await
+    .unwrap();
+    sql.batch_execute("select claim()").await.unwrap();
+    let next = sql.query_one("select kind from claim(max_jobs => 10)", &[]).await.unwrap();
+    assert_eq!(next.get::<_, String>(0), "noop", "found in one claim, past 299 jobs that are parked");
+    assert_eq!(value::<i64>(&sql, "select count(*) from jobs where stage = 'blocked'").await, 299);
+}
+
+#[actix::test]
+async fn an_ordinary_claim_does_not_take_a_suspect_through_its_cursor() {
+    let db = database().await;
+    let sql = db.sql().await;
+    sql.batch_execute(
+        "insert into jobs (kind, cursor_key, stage, losses) values ('poison', 'a', 'suspect', 2), ('poison', null, 'suspect', 1);
+         insert into jobs (kind, cursor_key) values ('noop', 'a'); insert into jobs (kind) values ('noop');
+         update jobs set pos = -1 where id = 2;
+         select begin_lease(1, 'test', '1 h')",
+    )
+    .await
+    .unwrap();
+    let claim = async |token: i64| {
+        let query = "select id from claim_lanes(1, $1, 'default', null, 10, 50, '{}', '{}') where id is not null";
+        sql.query(query, &[&token]).await.unwrap().iter().map(|row| row.get(0)).collect::<Vec<i64>>()
+    };
+    assert_eq!(claim(10).await, [2], "the suspect with one loss");
+    assert_eq!(claim(11).await, [4], "job 3 waits for job 1, and that one for an empty lease");
+    sql.batch_execute("select settle(2, 10); select settle(4, 11)").await.unwrap();
+    assert_eq!(claim(12).await, [1]);
+}

@@ -199,3 +199,23 @@ async fn without_a_listener_everything_works_later() {
     }
     node.drain().await.unwrap();
 }
+
+/// A node with nothing to do must not keep the database busy, whatever the reason.
+#[actix::test]
+async fn an_idle_node_is_quiet() {
+    let db = database().await;
+    let sql = db.sql().await;
+    let node = node(&db, "one").await;
+    let calls = "select pg_stat_force_next_flush() is null or true, xact_commit from pg_stat_database where datname = current_database()";
+    for reason in ["no job ever", "paused"] {
+        asleep(&[&node]).await;
+        let count = async || sql.query_one(calls, &[]).await.unwrap().get::<_, i64>(1);
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let before = count().await;
+        tokio::time::sleep(Duration::from_millis(1500)).await;
+        let made = count().await - before;
+        assert!(made < 40, "{reason}: {made} transactions in 1.5 s");
+        sql.batch_execute("select pause('default'); select enqueue('noop')").await.unwrap();
+    }
+    node.drain().await.unwrap();
+}
