@@ -9,5 +9,6 @@ mod enqueue;
 mod examples;
 mod handlers;
 mod protocol;
+mod random_walk;
 mod support;
 mod wakeups;
