@@ -81,7 +81,7 @@ impl Db {
         self.store.job(id).await.unwrap().unwrap()
     }
 
-    /// Wait until a job is in a state; panics with the job after ten seconds.
+    /// Wait until a job is in a state; panics with the job after half a minute.
     pub async fn reaches(&self, id: i64, state: &str) -> JobRow {
         let begin = Instant::now();
         loop {
@@ -89,7 +89,7 @@ impl Db {
             if job.state == state {
                 return job;
             }
-            assert!(begin.elapsed() < Duration::from_secs(10), "waiting for {state}: {job:?}");
+            assert!(begin.elapsed() < Duration::from_secs(30), "waiting for {state}: {job:?}");
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
     }

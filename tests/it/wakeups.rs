@@ -21,7 +21,7 @@ async fn state(node: &Running) -> String {
 }
 
 async fn asleep(nodes: &[&Running]) {
-    eventually("one sentry, the others guarded", Duration::from_secs(10), || async {
+    eventually("one sentry, the others guarded", Duration::from_secs(30), || async {
         let mut states = Vec::new();
         for node in nodes {
             states.push(state(node).await);
