@@ -1,5 +1,6 @@
 //! Putting jobs in, from Rust: what arrives, what is refused, and what a transaction decides.
 
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::time::Duration;
 
 use pgcue::{Error, NewJob};
@@ -113,4 +114,36 @@ async fn the_database_refuses_in_words_that_name_the_field() {
         assert!(message.contains(says), "{statement}: {message}");
     }
     sql.batch_execute("insert into jobs (kind, queue) values ('k', repeat('q', 200))").await.unwrap();
+}
+
+/// A server with a self-signed certificate, as distributions set it up, works as it is; who asks for
+/// verification gets it.
+#[actix::test]
+async fn tls_is_used_where_the_server_has_it_and_verified_on_request() {
+    let server = pgcue::dev::PrivateServer::start(None, &["log_min_messages=fatal"]).unwrap();
+    let url = server.url("postgres");
+    let sql = connect(&url).await;
+    if sql.batch_execute("alter system set ssl = on").await.is_err() {
+        println!("this build of PostgreSQL has no TLS");
+        return;
+    }
+    let data: String = value(&sql, "show data_directory").await;
+    for (file, pem) in [("server.key", include_str!("tls/server.key")), ("server.crt", include_str!("tls/server.crt"))]
+    {
+        // The server wants its key to be its own, and closed to others.
+        let path = std::path::Path::new(&data).join(file);
+        std::fs::write(&path, pem).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+        let owner = std::fs::metadata(&data).unwrap();
+        std::os::unix::fs::chown(&path, Some(owner.uid()), Some(owner.gid())).unwrap();
+    }
+    sql.batch_execute("select pg_reload_conf()").await.unwrap();
+    let used = "select ssl from pg_stat_ssl where pid = pg_backend_pid()";
+    crate::support::eventually("encrypted by default", Duration::from_secs(10), || async {
+        value::<bool>(&connect(&url).await, used).await
+    })
+    .await;
+    let error = crate::support::try_connect(&format!("{url}?sslmode=require")).await.err().unwrap().to_string();
+    assert!(error.contains("invalid peer certificate"), "{error}");
+    assert!(!value::<bool>(&connect(&format!("{url}?sslmode=disable")).await, used).await);
 }
