@@ -152,3 +152,23 @@ async fn an_ordinary_claim_does_not_take_a_suspect_through_its_cursor() {
     sql.batch_execute("select settle(2, 10); select settle(4, 11)").await.unwrap();
     assert_eq!(claim(12).await, [1]);
 }
+
+#[actix::test]
+async fn a_claim_takes_no_more_jobs_than_asked_through_runs() {
+    let db = database().await;
+    let sql = db.sql().await;
+    sql.batch_execute(
+        "insert into jobs (kind, cursor_key) select 'noop', 'k' || n % 10 from generate_series(1, 500) n;
+         select begin_lease(1, 'test', '1 h')",
+    )
+    .await
+    .unwrap();
+    let mut taken = 0;
+    for (token, max) in [(10i64, 20i32), (11, 7), (12, 100)] {
+        let query = "select count(id) from claim_lanes(1, $1, 'default', null, $2, 50, '{}', '{}')";
+        let got: i64 = sql.query_one(query, &[&token, &max]).await.unwrap().get(0);
+        assert!(got > 0 && got <= max as i64, "{got} of {max}");
+        taken += got;
+    }
+    assert_eq!(value::<i64>(&sql, "select count(*) from jobs where token is not null").await, taken);
+}
