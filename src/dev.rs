@@ -145,8 +145,6 @@ impl PrivateServer {
         for setting in settings {
             options += &format!(" -c {setting}");
         }
-        // pg_ctl's own pid file says if a server is left over from a crash of the machine.
-        let _ = home;
         self.control(&["-o", &options, "start"])?;
         let remove = if self._ephemeral.is_some() { format!("rm -rf '{}'", home.display()) } else { ":".into() };
         let stop = format!(

@@ -116,11 +116,7 @@ impl Store {
     pub async fn check_schema(&self) -> Result<()> {
         let connection = self.connection().await?;
         migrate::check(self.schema(), migrate::version(&connection, self.schema()).await?)?;
-        let sql = "select pg_is_in_recovery() or current_setting('transaction_read_only') = 'on'";
-        match connection.query_typed(sql, &[]).await?[0].get(0) {
-            true => Err(Error::ReadOnly),
-            false => Ok(()),
-        }
+        migrate::require_primary(&connection).await
     }
 
     /// Begin a lease of `ttl` for a node.
