@@ -5,11 +5,14 @@ use std::fmt::Write;
 
 use futures_util::SinkExt;
 use jiff::Timestamp;
+use serde_json::value::RawValue;
 use tokio_postgres::types::{Json, ToSql, Type};
 
+use crate::cursor::{Collapse, OnFailure, OnRetry};
 use crate::error::{Error, Fault, Result};
-use crate::job::NewJob;
+use crate::job::{NewJob, parse};
 use crate::store::{Queries, Store};
+use crate::task::Task;
 
 /// A COPY sends its text in pieces of about this many bytes.
 const COPY_CHUNK: usize = 64 * 1024;
@@ -19,6 +22,15 @@ const COPY_CHUNK: usize = 64 * 1024;
 pub struct Client {
     store: Store,
     max_payload: usize,
+}
+
+/// What became of a job that was enqueued.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Enqueued {
+    /// The job's id, or that of the waiting job that it collapsed into.
+    pub id: i64,
+    /// True if it collapsed; see [`NewJob::collapse`].
+    pub collapsed: bool,
 }
 
 /// What [`Client::within`] can enqueue on: a connection or an open transaction of `tokio_postgres` or
@@ -85,16 +97,32 @@ impl Client {
         Within { connection: connection.raw(), queries: self.store.queries(), max_payload: self.max_payload }
     }
 
-    /// Enqueue one job; returns its id.
-    pub async fn enqueue(&self, job: impl Into<NewJob>) -> Result<i64> {
+    /// Enqueue one job.
+    pub async fn enqueue(&self, job: impl Into<NewJob>) -> Result<Enqueued> {
         let connection = self.store.connection().await?;
         self.within(&connection).enqueue(job).await
     }
 
-    /// Enqueue many jobs in one statement; returns their ids in order.
-    pub async fn enqueue_many(&self, jobs: impl IntoIterator<Item = impl Into<NewJob>>) -> Result<Vec<i64>> {
-        let connection = self.store.connection().await?;
-        self.within(&connection).enqueue_many(jobs).await
+    /// Enqueue many jobs, all or none; what became of each, in order.
+    pub async fn enqueue_many(&self, jobs: impl IntoIterator<Item = impl Into<NewJob>>) -> Result<Vec<Enqueued>> {
+        let mut connection = self.store.connection().await?;
+        let transaction = connection.transaction().await?;
+        let enqueued = self.within(&transaction).enqueue_many(jobs).await?;
+        transaction.commit().await?;
+        Ok(enqueued)
+    }
+
+    /// See [`Within::collapse_with`].
+    pub async fn collapse_with<T: Task>(
+        &self,
+        job: impl Into<NewJob>,
+        resolve: impl FnOnce(T, T) -> T,
+    ) -> Result<Enqueued> {
+        let mut connection = self.store.connection().await?;
+        let transaction = connection.transaction().await?;
+        let enqueued = self.within(&transaction).collapse_with(job, resolve).await?;
+        transaction.commit().await?;
+        Ok(enqueued)
     }
 
     /// Enqueue any number of jobs by COPY, the fastest way; all or none. Returns how many.
@@ -104,34 +132,125 @@ impl Client {
     }
 }
 
+/// A JSON text as the parameter of a statement.
+fn raw(text: &str) -> Json<Box<RawValue>> {
+    Json(serde_json::from_str(text).expect("NewJob::check has parsed it"))
+}
+
 impl Within<'_> {
-    /// Enqueue one job; returns its id.
-    pub async fn enqueue(&self, job: impl Into<NewJob>) -> Result<i64> {
+    /// Enqueue one job.
+    pub async fn enqueue(&self, job: impl Into<NewJob>) -> Result<Enqueued> {
         Ok(self.enqueue_many([job]).await?[0])
     }
 
-    /// Enqueue many jobs in one statement; returns their ids in order.
-    pub async fn enqueue_many(&self, jobs: impl IntoIterator<Item = impl Into<NewJob>>) -> Result<Vec<i64>> {
+    /// Enqueue many jobs; what became of each, in order. Those that collapse take a statement each.
+    pub async fn enqueue_many(&self, jobs: impl IntoIterator<Item = impl Into<NewJob>>) -> Result<Vec<Enqueued>> {
         let jobs: Vec<NewJob> = jobs.into_iter().map(Into::into).collect();
         for job in &jobs {
             job.check(self.max_payload)?;
         }
+        if jobs.iter().all(|job| job.collapse.is_none()) {
+            return self.insert(&jobs).await;
+        }
+        let mut enqueued = Vec::with_capacity(jobs.len());
+        for job in &jobs {
+            match job.collapse {
+                Some(policy) => enqueued.push(self.collapse(job, policy).await?),
+                None => enqueued.extend(self.insert(std::slice::from_ref(job)).await?),
+            }
+        }
+        Ok(enqueued)
+    }
+
+    /// Enqueue a job, or, if one of its queue, kind and collapse key waits for its first start, replace
+    /// that one's payload by `resolve(waiting, new)`. Nothing can start the waiting job meanwhile: it is
+    /// locked until the transaction ends; so this needs one.
+    ///
+    /// ```no_run
+    /// # #[derive(serde::Serialize, serde::Deserialize)] struct Notify { user: i64, events: Vec<String> }
+    /// # impl pgcue::Task for Notify { const KIND: &'static str = "notify"; }
+    /// # async fn example(client: pgcue::Client, notify: Notify) -> pgcue::Result<()> {
+    /// use pgcue::Task;
+    /// let key = format!("user {}", notify.user);
+    /// let job = notify.job().delay(std::time::Duration::from_secs(60)).collapse_key(key);
+    /// client.collapse_with(job, |mut waiting: Notify, new: Notify| {
+    ///     waiting.events.extend(new.events);
+    ///     waiting
+    /// }).await?;
+    /// # Ok(()) }
+    /// ```
+    pub async fn collapse_with<T: Task>(
+        &self,
+        job: impl Into<NewJob>,
+        resolve: impl FnOnce(T, T) -> T,
+    ) -> Result<Enqueued> {
+        let job = job.into().collapse(Collapse::Keep);
+        job.check(self.max_payload)?;
+        // Whoever comes first makes the row, and has it locked.
+        let enqueued = self.collapse(&job, Collapse::Keep).await?;
+        if enqueued.collapsed {
+            let row = self.connection.query_typed(&self.queries.payload, &[(&enqueued.id, Type::INT8)]).await?;
+            let waiting: Json<Box<RawValue>> = row[0].get(0);
+            let misfit = |which: &str, why: String| Error::from(Fault::new("payload", which, why));
+            let waiting = parse(waiting.0.get()).map_err(|why| misfit("of another shape in the waiting job", why))?;
+            let new = parse(&job.payload).map_err(|why| misfit("of another shape", why))?;
+            let resolved = NewJob::from(resolve(waiting, new));
+            resolved.check(self.max_payload)?;
+            let payload = raw(&resolved.payload);
+            let set = [(&enqueued.id as &(dyn ToSql + Sync), Type::INT8), (&payload, Type::JSON)];
+            if self.connection.query_typed(&self.queries.set_payload, &set).await?.is_empty() {
+                let why = "the waiting job started meanwhile: call it within a transaction, which locks that job";
+                return Err(Fault::new("collapse_with", "not in a transaction", why).into());
+            }
+        }
+        Ok(enqueued)
+    }
+
+    /// One call of the SQL function `collapse`.
+    async fn collapse(&self, job: &NewJob, policy: Collapse) -> Result<Enqueued> {
+        let payload = raw(&job.payload);
+        let headers = job.headers.as_deref().map(raw);
+        let expected_at = job.expected_at;
+        let params: [(&(dyn ToSql + Sync), Type); 15] = [
+            (&job.kind, Type::TEXT),
+            (&payload, Type::JSON),
+            (&job.queue, Type::TEXT),
+            (&(job.priority as i32), Type::INT4),
+            (&expected_at, Type::TIMESTAMPTZ),
+            (&job.run_at, Type::TIMESTAMPTZ),
+            (&job.delay.map(|d| d.as_secs_f64()), Type::FLOAT8),
+            (&(job.max_attempts as i32), Type::INT4),
+            (&job.timeout.map(|t| t.as_secs_f64()), Type::FLOAT8),
+            (&job.cursor_key, Type::TEXT),
+            (&headers, Type::JSON),
+            (&job.on_retry.map(OnRetry::as_str), Type::TEXT),
+            (&job.on_failure.map(OnFailure::as_str), Type::TEXT),
+            (&job.collapse_key, Type::TEXT),
+            (&policy.as_str(), Type::TEXT),
+        ];
+        let row = self.connection.query_typed(&self.queries.collapse, &params).await?;
+        Ok(Enqueued { id: row[0].get(0), collapsed: row[0].get(1) })
+    }
+
+    /// One statement for jobs that were checked and do not collapse.
+    async fn insert(&self, jobs: &[NewJob]) -> Result<Vec<Enqueued>> {
         fn column<'a, T>(jobs: &'a [NewJob], field: impl Fn(&'a NewJob) -> T) -> Vec<T> {
             jobs.iter().map(field).collect()
         }
-        let raw = |text: &str| Json(serde_json::from_str::<Box<serde_json::value::RawValue>>(text).expect("checked"));
-        let kinds = column(&jobs, |j| j.kind.as_str());
-        let payloads = column(&jobs, |j| raw(&j.payload));
-        let queues = column(&jobs, |j| j.queue.as_str());
-        let priorities = column(&jobs, |j| j.priority);
-        let expected = column(&jobs, |j| j.expected_at);
-        let run_at = column(&jobs, |j| j.run_at);
-        let delays = column(&jobs, |j| j.delay.map(|d| d.as_secs_f64()));
-        let attempts = column(&jobs, |j| j.max_attempts as i16);
-        let timeouts = column(&jobs, |j| j.timeout.map(|t| t.as_secs_f64()));
-        let cursors = column(&jobs, |j| j.cursor_key.as_deref());
-        let headers = column(&jobs, |j| j.headers.as_deref().map(raw));
-        let params: [(&(dyn ToSql + Sync), Type); 11] = [
+        let kinds = column(jobs, |j| j.kind.as_str());
+        let payloads = column(jobs, |j| raw(&j.payload));
+        let queues = column(jobs, |j| j.queue.as_str());
+        let priorities = column(jobs, |j| j.priority);
+        let expected = column(jobs, |j| j.expected_at);
+        let run_at = column(jobs, |j| j.run_at);
+        let delays = column(jobs, |j| j.delay.map(|d| d.as_secs_f64()));
+        let attempts = column(jobs, |j| j.max_attempts as i16);
+        let timeouts = column(jobs, |j| j.timeout.map(|t| t.as_secs_f64()));
+        let cursors = column(jobs, |j| j.cursor_key.as_deref());
+        let headers = column(jobs, |j| j.headers.as_deref().map(raw));
+        let on_retry = column(jobs, |j| j.on_retry.map(OnRetry::as_str));
+        let on_failure = column(jobs, |j| j.on_failure.map(OnFailure::as_str));
+        let params: [(&(dyn ToSql + Sync), Type); 13] = [
             (&kinds, Type::TEXT_ARRAY),
             (&payloads, Type::JSON_ARRAY),
             (&queues, Type::TEXT_ARRAY),
@@ -143,9 +262,11 @@ impl Within<'_> {
             (&timeouts, Type::FLOAT8_ARRAY),
             (&cursors, Type::TEXT_ARRAY),
             (&headers, Type::JSON_ARRAY),
+            (&on_retry, Type::TEXT_ARRAY),
+            (&on_failure, Type::TEXT_ARRAY),
         ];
         let rows = self.connection.query_typed(&self.queries.enqueue, &params).await?;
-        Ok(rows.iter().map(|row| row.get(0)).collect())
+        Ok(rows.iter().map(|row| Enqueued { id: row.get(0), collapsed: false }).collect())
     }
 
     /// Enqueue any number of jobs by COPY; all or none. A job that is an error ends it with that error.
@@ -157,6 +278,11 @@ impl Within<'_> {
         for job in jobs {
             let job = job?;
             job.check(self.max_payload)?;
+            if let Some(policy) = job.collapse {
+                return Err(
+                    Fault::new("collapse", policy.as_str(), "jobs that collapse cannot be copied in bulk").into()
+                );
+            }
             copy_line(&mut text, &job, now)?;
             if text.len() >= COPY_CHUNK {
                 sink.send(bytes::Bytes::from(std::mem::take(&mut text))).await?;
@@ -194,7 +320,9 @@ fn copy_line(out: &mut String, job: &NewJob, now: Timestamp) -> Result<()> {
         }
         None => out.push_str("\\N"),
     }
-    for optional in [&job.cursor_key, &job.headers] {
+    let on_retry = job.on_retry.map(OnRetry::as_str);
+    let on_failure = job.on_failure.map(OnFailure::as_str);
+    for optional in [job.cursor_key.as_deref(), job.headers.as_deref(), on_retry, on_failure] {
         out.push('\t');
         match optional {
             Some(text) => escaped(out, text),

@@ -34,12 +34,18 @@ pub struct Config {
     pub poll: Duration,
     /// How many connections the node may hold besides the listener's.
     pub connections: usize,
-    /// At most so many jobs of one cursor run in a row.
+    /// Keep a sticky actor at most this long after its cursor's last job.
+    pub sticky_idle: Duration,
+    /// At most so many jobs of one cursor run in a row; four times as many when few cursors have jobs.
     pub run_length: usize,
     /// Enqueue no larger payload, in bytes.
     pub max_payload: usize,
-    /// Keep no larger result, error text or cursor snapshot, in bytes.
+    /// Keep no larger result or error text, in bytes.
     pub max_result: usize,
+    /// Keep no larger cursor state, in bytes; a job that leaves one fails.
+    pub max_state: usize,
+    /// Keep the cursor's state that a job began with up to this size, in bytes; above, only its version.
+    pub max_snapshot: usize,
     /// Drop history after so many days; 0 keeps it.
     pub history_days: u32,
     /// Serve /metrics, /healthz and /readyz here.
@@ -86,9 +92,12 @@ impl Default for Config {
             listen: true,
             poll: Duration::from_secs(1),
             connections: 6,
+            sticky_idle: Duration::from_secs(60),
             run_length: 50,
             max_payload: 1 << 20,
             max_result: 64 << 10,
+            max_state: 1 << 20,
+            max_snapshot: 1 << 10,
             history_days: 7,
             http: None,
             full_passes: true,
@@ -111,9 +120,12 @@ const KEYS: &[&str] = &[
     "listen",
     "poll",
     "connections",
+    "sticky_idle",
     "run_length",
     "max_payload",
     "max_result",
+    "max_state",
+    "max_snapshot",
     "history_days",
     "http",
     "demo",
@@ -190,6 +202,9 @@ impl Config {
                 "run_length" => read.number(key, value, &mut config.run_length, 1, 1000),
                 "max_payload" => read.number(key, value, &mut config.max_payload, 2, 256 << 20),
                 "max_result" => read.number(key, value, &mut config.max_result, 64, 16 << 20),
+                "max_state" => read.number(key, value, &mut config.max_state, 2, 256 << 20),
+                "max_snapshot" => read.number(key, value, &mut config.max_snapshot, 0, 16 << 20),
+                "sticky_idle" => read.time(key, value, &mut config.sticky_idle, "0s", "24h"),
                 "history_days" => read.number(key, value, &mut config.history_days, 0, 36500),
                 "http" => read.set(key, value, &mut config.http, "an address such as 127.0.0.1:9187", |v| {
                     v.parse::<std::net::SocketAddr>().is_ok().then(|| Some(v.to_owned()))

@@ -7,9 +7,10 @@ use jiff::Timestamp;
 use serde::de::DeserializeOwned;
 use tokio_util::sync::CancellationToken;
 
+use crate::cursor::{Collapse, OnFailure, OnRetry};
 use crate::error::{Error, Fault, Result};
-use crate::outcome::{JobError, JobResult};
-use crate::task::Task;
+use crate::outcome::{JobError, JobResult, Outcome};
+use crate::task::{CursorTask, Task};
 
 /// A job to be enqueued, with its options.
 #[derive(Debug, Clone, PartialEq)]
@@ -24,6 +25,10 @@ pub struct NewJob {
     pub(crate) max_attempts: u16,
     pub(crate) timeout: Option<Duration>,
     pub(crate) cursor_key: Option<String>,
+    pub(crate) on_retry: Option<OnRetry>,
+    pub(crate) on_failure: Option<OnFailure>,
+    pub(crate) collapse: Option<Collapse>,
+    pub(crate) collapse_key: Option<String>,
     pub(crate) headers: Option<String>,
     fault: Option<Fault>,
 }
@@ -50,6 +55,10 @@ impl NewJob {
             max_attempts: 25,
             timeout: None,
             cursor_key: None,
+            on_retry: None,
+            on_failure: None,
+            collapse: None,
+            collapse_key: None,
             headers: None,
             fault: None,
         }
@@ -95,6 +104,28 @@ impl NewJob {
         NewJob { cursor_key: Some(key.into()), ..self }
     }
 
+    /// What the jobs behind it in its cursor do while it waits for its next attempt.
+    pub fn on_retry(self, on_retry: OnRetry) -> Self {
+        NewJob { on_retry: Some(on_retry), ..self }
+    }
+
+    /// What its cursor does after it failed for good.
+    pub fn on_failure(self, on_failure: OnFailure) -> Self {
+        NewJob { on_failure: Some(on_failure), ..self }
+    }
+
+    /// Unless a job of this queue and kind with the same collapse key (by default the cursor's) waits for
+    /// its first start: then that one's id is returned, and of the two times the earlier `run_at` wins.
+    /// With a delay this debounces and throttles: many calls, one run.
+    pub fn collapse(self, collapse: Collapse) -> Self {
+        NewJob { collapse: Some(collapse), ..self }
+    }
+
+    /// What to collapse on instead of the cursor, 1 to 1024 bytes.
+    pub fn collapse_key(self, key: impl Into<String>) -> Self {
+        NewJob { collapse_key: Some(key.into()), ..self }
+    }
+
     /// What travels along without being the payload: a JSON object (traces, tenants).
     pub fn headers(mut self, headers: &serde_json::Value) -> Self {
         if !headers.is_object() {
@@ -125,6 +156,17 @@ impl NewJob {
         if let Some(key) = &self.cursor_key {
             bytes("cursor_key", key, 1024)?;
         }
+        if let Some(key) = &self.collapse_key {
+            bytes("collapse_key", key, 1024)?;
+            if self.collapse.is_none() {
+                return Err(
+                    Fault::new("collapse_key", key, "say what to do on a conflict: keep, replace or merge").into()
+                );
+            }
+        }
+        if self.collapse.is_some() && self.collapse_key.is_none() && self.cursor_key.is_none() {
+            return Err(Fault::new("collapse", "without a key", "give a cursor or a collapse_key").into());
+        }
         if self.payload.len() > max_payload {
             let fix =
                 format!("the limit is {max_payload} bytes (max_payload); store it elsewhere and enqueue its address");
@@ -150,6 +192,8 @@ impl<T: Task> From<T> for NewJob {
             queue: T::QUEUE.into(),
             max_attempts: T::MAX_ATTEMPTS,
             timeout: T::TIMEOUT,
+            on_retry: (T::ON_RETRY != OnRetry::default()).then_some(T::ON_RETRY),
+            on_failure: (T::ON_FAILURE != OnFailure::default()).then_some(T::ON_FAILURE),
             fault,
             ..Self::with_payload(T::KIND.into(), payload)
         }
@@ -184,6 +228,8 @@ pub struct Meta {
     pub cursor_key: Option<Arc<str>>,
     /// The cursor's state that this job begins with, as JSON text.
     pub cursor_state: Option<Arc<str>>,
+    /// How many jobs made the cursor what it is.
+    pub cursor_version: Option<i64>,
     /// Fires when the attempt should stop: cancelled, timed out, its lease lost, or the node drains.
     pub cancelled: CancellationToken,
 }
@@ -193,14 +239,23 @@ impl<T: 'static> actix::Message for Job<T> {
 }
 
 impl<T> Job<T> {
-    /// The cursor's state as a type; none if the cursor has none yet. An error names the path in the
-    /// JSON that does not fit.
+    /// The cursor's state as a type; none if the cursor has none yet. A state that does not fit fails the
+    /// job for good, naming the path in the JSON, and stays as it is.
     pub fn state<S: DeserializeOwned>(&self) -> Result<Option<S>, JobError> {
-        self.meta
-            .cursor_state
-            .as_deref()
-            .map(|json| parse(json).map_err(|e| JobError(format!("cursor state: {e}"))))
-            .transpose()
+        let state = self.meta.cursor_state.as_deref().map(parse).transpose();
+        state.map_err(|e| JobError::fatal(format!("cursor state does not fit: {e}")))
+    }
+}
+
+impl<T: CursorTask> Job<T> {
+    /// [`Job::state`] as the task's own type.
+    pub fn cursor(&self) -> Result<Option<T::State>, JobError> {
+        self.state()
+    }
+
+    /// Complete, and leave this as the cursor's state.
+    pub fn leave(&self, state: &T::State) -> JobResult {
+        Outcome::state(state)
     }
 }
 

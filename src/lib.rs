@@ -4,6 +4,7 @@
 mod actors;
 pub mod client;
 pub mod config;
+pub mod cursor;
 pub mod dev;
 mod error;
 mod handlers;
@@ -22,12 +23,14 @@ mod task;
 pub mod cli;
 
 pub use actors::messages::Observed;
-pub use client::Client;
+pub use actors::sticky::{CursorLeft, Parting};
+pub use client::{Client, Enqueued};
 pub use config::Config;
+pub use cursor::{Collapse, OnFailure, OnRetry};
 pub use error::{Error, Fault, Result};
 pub use job::{Job, Meta, NewJob};
 pub use metrics::Metrics;
 pub use node::{Node, Running, stop_signal};
-pub use outcome::{Completion, JobError, JobResult, Outcome};
+pub use outcome::{JobError, JobResult, Left, Outcome};
 pub use retry::RetryPolicy;
-pub use task::Task;
+pub use task::{CursorTask, Task};

@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use crate::outcome::{Completion, JobResult, Outcome};
+use crate::error::shorten;
+use crate::outcome::{JobResult, Left, Outcome};
 use crate::retry::RetryPolicy;
 
 /// How an attempt ended, as its slot saw it.
@@ -73,6 +74,40 @@ impl Settled {
     }
 }
 
+/// How much of what a job leaves is kept, in bytes.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Of a result or an error.
+    pub result: usize,
+    /// Of a cursor's state.
+    pub state: usize,
+    /// Of the cursor's state that a job began with, as the history keeps it.
+    pub snapshot: usize,
+}
+
+impl Verdict {
+    /// Keep what is written within bounds, and free of what the database cannot hold. A state that is too
+    /// large fails the job, a result is dropped with a note.
+    pub fn within(mut self, limits: &Limits) -> Self {
+        if let Some(size) = self.state.as_ref().map(String::len).filter(|size| *size > limits.state) {
+            let error = format!(
+                "the cursor state of {size} bytes was refused: the limit is {} bytes (max_state)",
+                limits.state
+            );
+            return Verdict { outcome: Settled::Failed, error: Some(error), ..Default::default() };
+        }
+        if let Some(size) = self.result.as_ref().map(String::len).filter(|size| *size > limits.result) {
+            self.result = None;
+            self.error = Some(format!(
+                "the result of {size} bytes was dropped: the limit is {} bytes (max_result)",
+                limits.result
+            ));
+        }
+        self.error = self.error.map(|error| shorten(&error.replace('\0', "\u{fffd}"), limits.result));
+        self
+    }
+}
+
 /// Decide what an attempt that ended becomes. `u` in [0, 1) is the jitter's random number.
 pub fn judge(end: End, attempt: u16, max_attempts: u16, policy: &RetryPolicy, u: f64) -> Verdict {
     let failed = |error: String| Verdict { outcome: Settled::Failed, error: Some(error), ..Default::default() };
@@ -85,10 +120,10 @@ pub fn judge(end: End, attempt: u16, max_attempts: u16, policy: &RetryPolicy, u:
         }
     };
     match end {
-        End::Returned(Ok(Outcome::Complete)) => Verdict::default(),
-        End::Returned(Ok(Outcome::CompleteWith(Completion { result, state }))) => {
-            Verdict { result, state, ..Default::default() }
+        End::Returned(Ok(Outcome::Leaving(outcome, Left { result, state }))) => {
+            Verdict { result, state, ..judge(End::Returned(Ok(*outcome)), attempt, max_attempts, policy, u) }
         }
+        End::Returned(Ok(Outcome::Complete)) => Verdict::default(),
         End::Returned(Ok(Outcome::Snooze(delay))) => {
             Verdict { outcome: Settled::Snooze, delay: Some(delay), ..Default::default() }
         }
@@ -96,7 +131,8 @@ pub fn judge(end: End, attempt: u16, max_attempts: u16, policy: &RetryPolicy, u:
             Verdict { outcome: Settled::Cancelled, error: Some(why), ..Default::default() }
         }
         End::Returned(Ok(Outcome::Fail(why))) => failed(why),
-        End::Returned(Err(error)) => retry(error.0),
+        End::Returned(Err(error)) if error.fatal => failed(error.text),
+        End::Returned(Err(error)) => retry(error.text),
         End::Panicked(message) => retry(format!("panicked: {message}")),
         End::TimedOut(limit) => retry(format!("timed out after {limit:?}")),
         End::Froze(limit) => retry(format!("blocked its thread beyond its timeout of {limit:?}; the slot was rebuilt")),

@@ -22,15 +22,17 @@ use crate::actors::listener::Listener;
 use crate::actors::messages::{Drain, DrainPool, EndLease, Flush, Observe, Observed, Stop};
 use crate::actors::reaper::Reaper;
 use crate::actors::scheduler::{Rest, Scheduler};
+use crate::actors::sticky::CursorLeft;
 use crate::actors::supervisor::Handlers;
 use crate::actors::worker_pool::WorkerPool;
 use crate::client::Client;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::job::Job;
+use crate::lifecycle::Limits;
 use crate::metrics::Metrics;
 use crate::outcome::JobResult;
-use crate::store::{Store, Target};
+use crate::store::{NodeInfo, Store, Target};
 use crate::task::Task;
 
 /// A drain waits at most this long, each, for claims on their way, for settling and for the lease's end.
@@ -54,7 +56,8 @@ impl Node {
             store.migrate().await?;
         }
         store.check_schema().await?;
-        let handlers = Handlers::new(config.timeout);
+        let limits = Limits { result: config.max_result, state: config.max_state, snapshot: config.max_snapshot };
+        let handlers = Handlers::new(config.timeout, limits);
         let mut node = Node { config, store, handlers, metrics: Metrics::default(), fault: None };
         if node.config.demo {
             crate::handlers::demo(&mut node.handlers)?;
@@ -99,6 +102,19 @@ impl Node {
         self
     }
 
+    /// Handle a task with actix actors that stay with their cursor: the factory is given the cursor's key,
+    /// and the actor lives as long as this node is the only one to run the cursor's jobs and all of them
+    /// complete, so that it may remember what is costly to build. [`CursorLeft`] tells it that this is over.
+    /// Tasks with the same actor type share the cursor's actor.
+    pub fn handle_sticky<T: Task, A>(mut self, factory: impl Fn(&str) -> A + Send + Sync + 'static) -> Self
+    where
+        A: Actor<Context = actix::Context<A>> + Handler<Job<T>> + Handler<CursorLeft>,
+    {
+        let added = self.handlers.add_sticky::<T, A>(factory);
+        self.fault = self.fault.or(added.err());
+        self
+    }
+
     /// Run until SIGTERM or SIGINT, then drain. An error says that jobs had to be given back.
     pub async fn run(self) -> Result<()> {
         self.run_until(stop_signal()).await
@@ -125,19 +141,16 @@ impl Node {
             return Err(Error::Setup("the node handles no kind of job; register a handler, or run with --demo".into()));
         }
         let bell = Bell::default();
-        let keeper =
-            LeaseKeeper::begin(store.clone(), config.name.clone(), config.lease, metrics.clone(), bell.clone()).await?;
+        let node = NodeInfo {
+            name: config.name.clone(),
+            queues: config.queues.keys().cloned().collect(),
+            kinds: kinds.iter().map(|kind| kind.to_string()).collect(),
+        };
+        let keeper = LeaseKeeper::begin(store.clone(), node, config.lease, metrics.clone(), bell.clone()).await?;
         let lease = keeper.lease();
         let outbox = Arc::new(Outbox::default());
-        let completer = Completer::new(
-            store.clone(),
-            lease.clone(),
-            metrics.clone(),
-            bell.clone(),
-            Arc::clone(&outbox),
-            config.max_result,
-        )
-        .start();
+        let completer =
+            Completer::new(store.clone(), lease.clone(), metrics.clone(), bell.clone(), Arc::clone(&outbox)).start();
         let endings = Endings { outbox, completer: completer.clone().recipient() };
         let handlers = Arc::new(handlers);
         let pools: HashMap<Arc<str>, Addr<WorkerPool>> = config
@@ -146,8 +159,15 @@ impl Node {
             .map(|(name, queue)| {
                 let name: Arc<str> = name.as_str().into();
                 let (handlers, endings) = (Arc::clone(&handlers), endings.clone());
-                let pool =
-                    WorkerPool::new(Arc::clone(&name), queue.clone(), handlers, endings, metrics.clone(), bell.clone());
+                let pool = WorkerPool::new(
+                    Arc::clone(&name),
+                    queue.clone(),
+                    handlers,
+                    endings,
+                    metrics.clone(),
+                    bell.clone(),
+                    config.sticky_idle,
+                );
                 (name, pool.start())
             })
             .collect();

@@ -13,19 +13,20 @@ pub type JobResult = Result<Outcome, JobError>;
 pub enum Outcome {
     /// Done.
     Complete,
-    /// Done, with a result or a new cursor state. See [`Outcome::result`] and [`Outcome::state`].
-    CompleteWith(Completion),
     /// Not now: run again after this time. Does not cost an attempt.
     Snooze(Duration),
     /// Nobody wants this any more; the text says why. Final.
     Cancel(String),
     /// Failed for good; retrying would not help. Final.
     Fail(String),
+    /// One of the final ones, leaving a result or a new cursor state. See [`Outcome::with_result`] and
+    /// [`Outcome::with_state`].
+    Leaving(Box<Outcome>, Left),
 }
 
-/// What a completed job leaves behind, as JSON texts.
+/// What a finished job leaves behind, as JSON texts.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Completion {
+pub struct Left {
     pub(crate) result: Option<String>,
     pub(crate) state: Option<String>,
 }
@@ -41,48 +42,58 @@ impl Outcome {
         Outcome::Complete.with_state(value)
     }
 
-    /// Add a result to a completion; other outcomes stay as they are.
+    /// Add a result to a final outcome.
     pub fn with_result(self, value: &impl Serialize) -> Result<Self, JobError> {
         let json = serde_json::to_string(value)?;
-        Ok(self.completing(|c| c.result = Some(json)))
+        self.leaving(|left| left.result = Some(json))
     }
 
-    /// Add a new cursor state to a completion; other outcomes stay as they are.
+    /// Add a new cursor state to a final outcome: a job that fails or is cancelled may leave one too.
+    /// Outcomes that say nothing keep the old state.
     pub fn with_state(self, value: &impl Serialize) -> Result<Self, JobError> {
         let json = serde_json::to_string(value)?;
-        Ok(self.completing(|c| c.state = Some(json)))
+        self.leaving(|left| left.state = Some(json))
     }
 
-    fn completing(self, change: impl FnOnce(&mut Completion)) -> Self {
-        let mut completion = match self {
-            Outcome::Complete => Completion::default(),
-            Outcome::CompleteWith(completion) => completion,
-            other => return other,
+    fn leaving(self, change: impl FnOnce(&mut Left)) -> Result<Self, JobError> {
+        let (outcome, mut left) = match self {
+            Outcome::Leaving(outcome, left) => (outcome, left),
+            Outcome::Snooze(_) => return Err(JobError::new("a job that is snoozed leaves neither result nor state")),
+            outcome => (Box::new(outcome), Left::default()),
         };
-        change(&mut completion);
-        Outcome::CompleteWith(completion)
+        change(&mut left);
+        Ok(Outcome::Leaving(outcome, left))
     }
 }
 
 /// Why an attempt failed. Any error converts into it with `?`, its causes included.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct JobError(pub(crate) String);
+pub struct JobError {
+    pub(crate) text: String,
+    /// Retrying would not help.
+    pub(crate) fatal: bool,
+}
 
 impl JobError {
     /// An error with this text.
     pub fn new(text: impl Into<String>) -> Self {
-        JobError(text.into())
+        JobError { text: text.into(), fatal: false }
+    }
+
+    /// An error that fails the job for good, as [`Outcome::Fail`] does.
+    pub fn fatal(text: impl Into<String>) -> Self {
+        JobError { text: text.into(), fatal: true }
     }
 }
 
 impl std::fmt::Display for JobError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(&self.text)
     }
 }
 
 impl<E: std::error::Error> From<E> for JobError {
     fn from(error: E) -> Self {
-        JobError(crate::error::with_causes(&error))
+        JobError::new(crate::error::with_causes(&error))
     }
 }

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use serde::{Serialize, de::DeserializeOwned};
 
+use crate::cursor::{OnFailure, OnRetry};
 use crate::job::NewJob;
 use crate::retry::RetryPolicy;
 
@@ -31,6 +32,11 @@ pub trait Task: Serialize + DeserializeOwned + Send + Unpin + 'static {
     /// How long an attempt may take unless the enqueuer says otherwise; none takes the node's default.
     const TIMEOUT: Option<Duration> = None;
 
+    /// What the jobs behind it in its cursor do while it waits for its next attempt.
+    const ON_RETRY: OnRetry = OnRetry::Hold;
+    /// What its cursor does after it failed for good.
+    const ON_FAILURE: OnFailure = OnFailure::Continue;
+
     /// When a failed attempt runs again.
     fn retry() -> RetryPolicy {
         RetryPolicy::default()
@@ -40,4 +46,33 @@ pub trait Task: Serialize + DeserializeOwned + Send + Unpin + 'static {
     fn job(self) -> NewJob {
         NewJob::from(self)
     }
+}
+
+/// A task whose jobs belong to cursors, and what these keep between jobs.
+///
+/// ```
+/// use pgcue::{CursorTask, Job, JobResult, Task};
+///
+/// #[derive(serde::Serialize, serde::Deserialize)]
+/// struct Deposit { cents: i64 }
+///
+/// #[derive(Default, serde::Serialize, serde::Deserialize)]
+/// struct Account { balance: i64 }
+///
+/// impl Task for Deposit {
+///     const KIND: &'static str = "deposit";
+/// }
+/// impl CursorTask for Deposit {
+///     type State = Account;
+/// }
+///
+/// async fn deposit(job: Job<Deposit>) -> JobResult {
+///     let mut account = job.cursor()?.unwrap_or_default();
+///     account.balance += job.args.cents;
+///     job.leave(&account)
+/// }
+/// ```
+pub trait CursorTask: Task {
+    /// The cursor's state. Tasks that share a cursor share the type.
+    type State: Serialize + DeserializeOwned;
 }

@@ -35,15 +35,18 @@ create or replace function enqueue(
   max_attempts int default null,
   timeout interval default null,
   cursor_key text default null,
-  headers json default null
+  headers json default null,
+  on_retry on_retry default null,
+  on_failure on_failure default null
 ) returns bigint
 language sql set search_path from current as $$
-  insert into jobs (kind, payload, queue, priority, expected_at, run_at, max_attempts, timeout, cursor_key, headers)
+  insert into jobs (kind, payload, queue, priority, expected_at, run_at, max_attempts, timeout, cursor_key, headers,
+    on_retry, on_failure)
   values (
     enqueue.kind, coalesce(enqueue.payload, 'null'), coalesce(enqueue.queue, 'default'),
     coalesce(enqueue.priority, 0), coalesce(enqueue.expected_at, 'infinity'),
     coalesce(enqueue.run_at, now()), coalesce(enqueue.max_attempts, 25),
-    enqueue.timeout, enqueue.cursor_key, enqueue.headers
+    enqueue.timeout, enqueue.cursor_key, enqueue.headers, enqueue.on_retry, enqueue.on_failure
   ) returning id
 $$;
 
@@ -58,15 +61,87 @@ create or replace function enqueue_many(
   max_attempts int default null,
   timeout interval default null,
   cursor_key text default null,
-  headers json default null
+  headers json default null,
+  on_retry on_retry default null,
+  on_failure on_failure default null
 ) returns setof bigint
 language sql set search_path from current as $$
-  insert into jobs (kind, payload, queue, priority, expected_at, run_at, max_attempts, timeout, cursor_key, headers)
+  insert into jobs (kind, payload, queue, priority, expected_at, run_at, max_attempts, timeout, cursor_key, headers,
+    on_retry, on_failure)
   select
     enqueue_many.kind, coalesce(p.payload, 'null'), coalesce(enqueue_many.queue, 'default'),
     coalesce(enqueue_many.priority, 0), coalesce(enqueue_many.expected_at, 'infinity'),
     coalesce(enqueue_many.run_at, now()), coalesce(enqueue_many.max_attempts, 25),
-    enqueue_many.timeout, enqueue_many.cursor_key, enqueue_many.headers
+    enqueue_many.timeout, enqueue_many.cursor_key, enqueue_many.headers, enqueue_many.on_retry, enqueue_many.on_failure
   from unnest(enqueue_many.payloads) with ordinality p(payload, n) order by p.n
   returning id
 $$;
+
+-- Enqueue unless a job of this queue, kind and collapse_key (the cursor_key, if none is given) waits for
+-- its first start; then return that one's id, and collapsed = true. The waiting job keeps its options and
+-- its place; of the two times the earlier run_at wins. on_conflict says whose payload counts:
+--   keep      the waiting job's
+--   replace   the new one
+--   merge     the fields of both objects, the new ones winning (what is no object is replaced)
+-- A job that has started is not waiting: the call that races with its start is a new job, never lost.
+-- For a rule of your own, insert the row yourself:
+--   insert into jobs (kind, collapse_key, payload) values (..)
+--   on conflict (queue, kind, collapse_key) where collapse_key is not null do update set payload = ..
+create or replace function collapse(
+  kind text,
+  payload json default 'null',
+  queue text default 'default',
+  priority int default 0,
+  expected_at timestamptz default null,
+  run_at timestamptz default null,
+  max_attempts int default null,
+  timeout interval default null,
+  cursor_key text default null,
+  headers json default null,
+  on_retry on_retry default null,
+  on_failure on_failure default null,
+  collapse_key text default null,
+  on_conflict text default 'keep',
+  out id bigint,
+  out collapsed boolean
+)
+language plpgsql set search_path from current as $$
+#variable_conflict use_column
+declare
+  new_id bigint;
+begin
+  if coalesce(collapse.collapse_key, collapse.cursor_key) is null then
+    raise exception 'pgcue: collapse_key is null: give a collapse_key or a cursor_key'
+      using errcode = 'invalid_parameter_value';
+  end if;
+  if collapse.on_conflict not in ('keep', 'replace', 'merge') then
+    raise exception 'pgcue: on_conflict is %: give keep, replace or merge', collapse.on_conflict
+      using errcode = 'invalid_parameter_value';
+  end if;
+  lock table jobs in row exclusive mode; -- before an id is drawn: see move_horizon
+  new_id := nextval('jobs_id_seq');
+  insert into jobs as j (id, kind, payload, queue, priority, expected_at, run_at, max_attempts, timeout, cursor_key,
+    headers, on_retry, on_failure, collapse_key)
+  values (
+    new_id, collapse.kind, coalesce(collapse.payload, 'null'), coalesce(collapse.queue, 'default'),
+    coalesce(collapse.priority, 0), coalesce(collapse.expected_at, 'infinity'),
+    coalesce(collapse.run_at, now()), coalesce(collapse.max_attempts, 25),
+    collapse.timeout, collapse.cursor_key, collapse.headers, collapse.on_retry, collapse.on_failure,
+    coalesce(collapse.collapse_key, collapse.cursor_key)
+  )
+  on conflict (queue, kind, collapse_key) where collapse_key is not null do update set
+    payload = case
+      when collapse.on_conflict = 'keep' then j.payload
+      when collapse.on_conflict = 'merge' and json_typeof(j.payload) = 'object' and json_typeof(excluded.payload) = 'object'
+        then (j.payload::jsonb || excluded.payload::jsonb)::json
+      else excluded.payload end,
+    run_at = least(j.run_at, excluded.run_at),
+    -- A cursor's job is moved into its mailbox by promote, which knows how.
+    stage = case when j.stage = 'scheduled' and j.cursor_key is null then excluded.stage else j.stage end,
+    pos = case when j.stage = 'scheduled' and j.cursor_key is null then excluded.pos else j.pos end
+  returning j.id into id;
+  collapsed := id <> new_id;
+  if collapsed then
+    perform wake(coalesce(collapse.queue, 'default')); -- its time may be earlier now
+  end if;
+end $$;

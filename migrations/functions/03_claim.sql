@@ -1,4 +1,4 @@
--- Taking jobs out of the line under a lease. Plans are pinned: statistics of a queue are always stale.
+-- Taking jobs out of the line under a lease.
 
 -- Under repeatable read a settle cannot see what was parked meanwhile, and strands the cursor.
 create or replace function require_read_committed() returns void
@@ -22,9 +22,7 @@ create or replace function read_line(
   out tids tid[], out keys text[], out at_lane smallint[], out at_pos bigint[], out suspect smallint,
   out took_ms float8
 )
-language plpgsql set search_path from current
-set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off
-as $$
+language plpgsql set search_path from current as $$
 #variable_conflict use_column
 declare
   company smallint := coalesce((select max(c.losses) from claims c where c.lease = read_line.lease), 0);
@@ -87,22 +85,21 @@ begin
 end $$;
 
 -- Claim up to max_jobs jobs of one queue for a living lease. The token is drawn by the caller, so that
--- a lost reply can be resolved by it. First a row for each lane that was read, with no id: where the
--- next claim goes on reading it (a hint; without marks a lane is read from its start), whether rows
--- were seen that another transaction held (look again soon), and in waited_ms how long all the reading
--- took. Then a row for each job, in the order in which they should start; the jobs of one cursor stand
--- together and are one run.
+-- a lost reply can be resolved by it. Three sorts of rows come back. First, with no id and no cursor_key,
+-- a row for each lane that was read: where the next claim goes on reading it (a hint; without marks a
+-- lane is read from its start), whether rows were seen that another transaction held (look again soon),
+-- and in waited_ms how long all the reading took. Then, with no id, each cursor that is owned now. Then
+-- the jobs in the order in which they should start; those of one cursor stand together and are one run.
 create or replace function claim_lanes(
   lease bigint, token bigint, queue text, kinds text[], max_jobs int, run_length int,
   lanes smallint[], marks bigint[]
 ) returns table (
   priority smallint, mark bigint, contended boolean,
   id bigint, tid tid, kind text, payload json, attempt smallint, max_attempts smallint, timeout_ms bigint,
-  headers json, waited_ms float8, cursor_key text, cursor_state json, cursor_version bigint
+  headers json, waited_ms float8, on_retry on_retry, on_failure on_failure,
+  cursor_key text, cursor_state json, cursor_version bigint, cursor_turn bigint
 )
-language plpgsql set search_path from current
-set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off
-as $$
+language plpgsql set search_path from current as $$
 #variable_conflict use_column
 declare
   cutoff timestamptz := clock_timestamp();
@@ -113,6 +110,8 @@ declare
   ids bigint[];
   line_lanes smallint[];
   line_marks bigint[];
+  -- Rows of busy cursors are parked by full passes, a batch at a time; others just read on behind them.
+  to_park int := case when claim_lanes.lanes = '{}' then 1000 else 0 end;
 begin
   perform require_read_committed();
   -- The lease first: the reaper locks it before it touches jobs, so no claim ends leased to nobody.
@@ -141,17 +140,16 @@ begin
     select coalesce(array_agg(l.tid), '{}'), array_agg(l.id) into chosen, ids from locked l;
     contended := cardinality(chosen) < cardinality(array_positions(line.keys, null));
 
-    select null::tid[] as tids, null::bigint[] as ids, null::text[] as no_room into runs;
+    select null::tid[] as tids, null::bigint[] as ids, null::text[] as owned, null::text[] as no_room into runs;
     exit when cardinality(array_remove(line.keys, null)) = 0;
     runs := own_cursors(claim_lanes.token, claim_lanes.queue, claim_lanes.kinds, cutoff, line.tids, line.keys,
-      line.suspect > 0, claim_lanes.max_jobs - cardinality(chosen),
-      case when line.suspect > 0 then 1 else claim_lanes.run_length end);
+      line.suspect > 0, claim_lanes.max_jobs - cardinality(chosen), claim_lanes.run_length, to_park);
+    to_park := runs.to_park;
     contended := contended or runs.contended;
     chosen := chosen || runs.tids;
     ids := ids || runs.ids;
-    -- All that was met belongs to busy cursors and is parked now: others may stand behind.
-    exit when cardinality(chosen) > 0 or runs.parked = 0;
-    contended := true;
+    -- All that was met belongs to busy cursors: others may stand behind.
+    exit when cardinality(chosen) > 0 or line.lanes is null;
     line_lanes := line.lanes;
     line_marks := line.marks;
   end loop;
@@ -160,32 +158,36 @@ begin
     select l.lane, least(l.mark, (
         -- A free cursor that found no room: its lane's mark must not pass it.
         select min(c.pos) - 1 from unnest(line.keys, line.at_lane, line.at_pos) c(key, lane, pos)
-        where c.key = any(runs.no_room) and c.lane = l.lane)),
+        where c.lane = l.lane and (c.key in (select unnest(runs.no_room))) is true)),
       contended, null::bigint, null::tid, null::text, null::json, null::smallint, null::smallint, null::bigint,
-      null::json, line.took_ms, null::text, null::json, null::bigint
+      null::json, line.took_ms, null::on_retry, null::on_failure, null::text, null::json, null::bigint, null::bigint
     -- A claim of a suspect reads no lane, and has one row to say if it was contended.
     from unnest(coalesce(line.lanes, array[null::smallint]), coalesce(line.marks, array[null::bigint])) l(lane, mark);
   if cardinality(chosen) = 0 then
     return;
   end if;
-  insert into claims (token, lease, queue, ids, open, losses, has_cursors)
-    values (claim_lanes.token, claim_lanes.lease, claim_lanes.queue, ids, cardinality(ids), line.suspect,
-      runs.tids is not null);
+  insert into claims (token, lease, queue, ids, open, losses)
+    values (claim_lanes.token, claim_lanes.lease, claim_lanes.queue, ids, cardinality(ids), line.suspect);
+  if runs.owned is not null then
+    return query
+      select null::smallint, null::bigint, null::boolean, null::bigint, null::tid, null::text, null::json,
+        null::smallint, null::smallint, null::bigint, null::json, null::float8, null::on_retry, null::on_failure,
+        c.key, c.state, c.version, c.turn
+      from unnest(runs.owned) o(key)
+      cross join lateral (select * from cursors c where c.queue = claim_lanes.queue and c.key = o.key limit 1) c;
+  end if;
   return query
-    update jobs j set token = claim_lanes.token, attempt = attempt + 1, started_at = cutoff
+    update jobs j set token = claim_lanes.token, attempt = attempt + 1, started_at = cutoff, collapse_key = null
     from unnest(chosen) t(tid)
     where j.ctid = t.tid
-    returning j.priority, null::bigint, null::boolean, j.id, j.ctid, j.kind, j.payload, j.attempt, j.max_attempts,
+    returning null::smallint, null::bigint, null::boolean, j.id, j.ctid, j.kind, j.payload, j.attempt, j.max_attempts,
       (extract(epoch from j.timeout) * 1000)::bigint, j.headers,
-      (extract(epoch from cutoff - greatest(j.run_at, j.created_at)) * 1000)::float8, j.cursor_key,
-      case when j.cursor_key is not null then
-        (select c.state from cursors c where c.queue = j.queue and c.key = j.cursor_key) end,
-      case when j.cursor_key is not null then
-        (select c.version from cursors c where c.queue = j.queue and c.key = j.cursor_key) end;
+      (extract(epoch from cutoff - greatest(j.run_at, j.created_at)) * 1000)::float8, j.on_retry, j.on_failure,
+      j.cursor_key, null::json, null::bigint, null::bigint;
 end $$;
 
 -- For SQL consumers: claim up to max_jobs jobs under a lease of their own, which is also their token.
--- Settle each with settle_one(id, token, ...) before the lease ends, or extend it.
+-- Settle each with settle(id, token, ...) before the lease ends, or extend it.
 create or replace function claim(
   queue text default 'default', max_jobs int default 1, kinds text[] default null,
   lease_for interval default '30 seconds'
@@ -200,8 +202,11 @@ declare
 begin
   perform begin_lease(lease, current_setting('application_name'), claim.lease_for);
   return query
-    select lease, g.id, g.kind, g.payload, g.attempt, g.max_attempts, g.headers, g.cursor_key, g.cursor_state
-    from claim_lanes(lease, lease, claim.queue, claim.kinds, claim.max_jobs, 1, '{}', '{}') g
+    with got as materialized (
+      select * from claim_lanes(lease, lease, claim.queue, claim.kinds, claim.max_jobs, 1, '{}', '{}')
+    )
+    select lease, g.id, g.kind, g.payload, g.attempt, g.max_attempts, g.headers, g.cursor_key, c.cursor_state
+    from got g left join got c on c.id is null and c.cursor_key = g.cursor_key
     where g.id is not null;
   if not found then
     delete from leases l where l.id = lease;

@@ -9,15 +9,14 @@ $$;
 
 -- Move live rows into history, addressed by (tid, id, token); token null means a job that no one runs.
 -- Of a row that asks for another attempt, only what may not have one is finished here: cancelled
--- meanwhile, out of attempts, or lost too often. Returns the ids that were finished.
+-- meanwhile, out of attempts, or lost too often. Returns the ids that were finished, and of these the
+-- failures that halt their cursor.
 create or replace function finish(
   tids tid[], ids bigint[], tokens bigint[], outcomes text[], results text[], errors text[],
   ages_ms float8[], snapshots text[], versions bigint[],
-  out done bigint[]
+  out done bigint[], out halts bigint[], out halt_queues text[], out halt_keys text[]
 )
-language plpgsql set search_path from current
-set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off
-as $$
+language plpgsql set search_path from current as $$
 #variable_conflict use_column
 begin
   with gone as (
@@ -30,23 +29,25 @@ begin
         or j.cancelled_at is not null
         or e.outcome in ('retry', 'lost') and j.attempt >= j.max_attempts
         or e.outcome = 'lost' and j.losses >= 2)
-    returning j.*, e.outcome, e.result, e.error as new_error, e.age_ms, e.snapshot, e.version
+    returning j.*, e.result, e.error as new_error, e.age_ms, e.snapshot, e.version,
+      e.outcome = 'lost' as was_lost,
+      case when e.outcome in ('completed', 'failed', 'cancelled') then e.outcome
+        when j.cancelled_at is not null then 'cancelled'
+        when e.outcome = 'retry' then 'failed' else 'lost' end::outcome as state
   ), kept as (
     insert into finished_jobs (id, queue, kind, state, payload, result, error, priority, expected_at, run_at,
       attempt, max_attempts, losses, timeout, cursor_key, cursor_snapshot, cursor_version, headers,
       created_at, started_at, finished_at)
-    select g.id, g.queue, g.kind,
-      case when g.outcome in ('completed', 'failed', 'cancelled') then g.outcome
-        when g.cancelled_at is not null then 'cancelled'
-        when g.outcome = 'retry' then 'failed' else 'lost' end::outcome,
-      g.payload, g.result::json, coalesce(g.new_error, g.error), g.priority, g.expected_at, g.run_at,
-      g.attempt, g.max_attempts, g.losses + (g.outcome = 'lost')::int, g.timeout,
+    select g.id, g.queue, g.kind, g.state, g.payload, g.result::json, coalesce(g.new_error, g.error), g.priority, g.expected_at, g.run_at,
+      g.attempt, g.max_attempts, g.losses + g.was_lost::int, g.timeout,
       g.cursor_key, g.snapshot::json, g.version, g.headers, g.created_at,
       coalesce(clock_timestamp() - make_interval(secs => g.age_ms / 1000), g.started_at), clock_timestamp()
     from gone g
-    returning id
   )
-  select array_agg(k.id) into done from kept k;
+  select array_agg(g.id), array_agg(g.id) filter (where g.halts), array_agg(g.queue) filter (where g.halts),
+      array_agg(g.cursor_key) filter (where g.halts)
+    into done, halts, halt_queues, halt_keys
+    from (select g.*, g.on_failure = 'halt' and g.state in ('failed', 'lost') as halts from gone g) g;
 end $$;
 
 -- Put live rows back for another attempt: 'retry' and 'snooze' after their delay, 'release' (given back
@@ -56,9 +57,7 @@ create or replace function put_back(
   tids tid[], ids bigint[], tokens bigint[], outcomes text[], errors text[], delays_ms float8[],
   out done bigint[], out queues text[]
 )
-language plpgsql set search_path from current
-set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off
-as $$
+language plpgsql set search_path from current as $$
 #variable_conflict use_column
 begin
   with back as (
@@ -83,93 +82,109 @@ begin
   select array_agg(b.id), array_agg(distinct b.queue) into done, queues from back b;
 end $$;
 
--- Before a settle touches jobs: lock the cursors that they belong to. Per attempt (null where the job
--- has no cursor, or the token is stale): its cursor, and the version that its completion produces.
-create or replace function lock_cursors(
-  ids bigint[], tokens bigint[], outcomes text[], out queues text[], out keys text[], out versions bigint[]
-)
-language plpgsql set search_path from current
-set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off
-as $$
-#variable_conflict use_column
-begin
-  perform from (
-      select distinct j.queue, j.cursor_key
-      from unnest(lock_cursors.ids, lock_cursors.tokens) e(id, token)
-      join jobs j on j.id = e.id and j.token = e.token where j.cursor_key is not null
-    ) k join cursors c on c.queue = k.queue and c.key = k.cursor_key
-    order by c.queue, c.key for update of c;
-  select array_agg(e.queue order by e.n), array_agg(e.key order by e.n), array_agg(e.version order by e.n)
-    into queues, keys, versions
-    from (
-      select e.n, c.queue, c.key, case when e.outcome = 'completed' and c.owner = e.token then
-        c.version + count(*) filter (where e.outcome = 'completed') over (partition by c.queue, c.key order by e.n)
-        end as version
-      from unnest(lock_cursors.ids, lock_cursors.tokens, lock_cursors.outcomes) with ordinality e(id, token, outcome, n)
-      left join jobs j on j.id = e.id and j.token = e.token
-      left join cursors c on c.queue = j.queue and c.key = j.cursor_key
-    ) e;
-end $$;
-
--- After a settle moved the jobs: the new state and version, no owner, held if a job of it retries.
+-- The first step of a settle: let go of the cursors, each with the state and version that its run made.
+-- Fenced: only the claim that owns the cursor, at the version where its run began. Which job holds the
+-- cursor from now on: the one that this run says, or the one that held it before if it is given back.
 create or replace function let_go(
-  queues text[], keys text[], ids bigint[], tokens bigint[], versions bigint[], outcomes text[], new_states text[]
+  ids bigint[], outcomes text[], queues text[], keys text[], tokens bigint[], versions bigint[], new_versions bigint[],
+  states text[], holds bigint[], whole boolean[]
 ) returns void
-language plpgsql set search_path from current
-set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off
-as $$
+language plpgsql set search_path from current as $$
 #variable_conflict use_column
+declare
+  moved int;
 begin
-  update cursors c set
-    owner = null,
-    version = coalesce(r.version, c.version),
-    state = coalesce(r.state::json, c.state),
-    hold = (select j.id from jobs j where j.id = any(r.again) limit 1)
-  from (
-    select e.queue, e.key, e.token, max(e.version) as version,
-      (array_agg(e.new_state order by e.n desc) filter (where e.outcome = 'completed' and e.new_state is not null))[1] as state,
-      array_agg(e.id) filter (where e.outcome in ('retry', 'snooze')) as again
-    from unnest(let_go.queues, let_go.keys, let_go.ids, let_go.tokens, let_go.versions, let_go.outcomes, let_go.new_states)
-      with ordinality e(queue, key, id, token, version, outcome, new_state, n)
-    where e.key is not null
-    group by e.queue, e.key, e.token
-  ) r
-  where c.queue = r.queue and c.key = r.key and c.owner = r.token;
+  loop
+    update cursors c set
+      owner = null,
+      turn = case when r.whole then c.turn else c.turn + 1 end,
+      version = r.new_version,
+      state = coalesce(r.state::json, c.state),
+      hold = case
+        when r.hold is not null then r.hold
+        when c.hold is not null and exists (select from unnest(let_go.ids, let_go.outcomes) e(id, outcome)
+          where e.id = c.hold and e.outcome in ('release', 'lost')) then c.hold end,
+      mark = case when r.whole then c.next_mark else c.mark end
+    from (
+      select c.tid, r.*
+      from unnest(let_go.queues, let_go.keys, let_go.tokens, let_go.versions, let_go.new_versions, let_go.states,
+        let_go.holds, let_go.whole) r(queue, key, token, version, new_version, state, hold, whole)
+      cross join lateral (
+        select c.ctid as tid from cursors c
+        where c.queue = r.queue and c.key = r.key and c.owner = r.token and c.version = r.version limit 1
+      ) c
+      order by r.queue, r.key
+    ) r
+    where c.ctid = r.tid and c.owner = r.token and c.version = r.version;
+    get diagnostics moved = row_count;
+    -- A row that was changed at this instant (parking moved its mark, an operator halted it) is elsewhere now.
+    exit when moved = cardinality(let_go.keys) or not exists (
+      select from unnest(let_go.queues, let_go.keys, let_go.tokens, let_go.versions) r(queue, key, token, version)
+      cross join lateral (
+        select from cursors c
+        where c.queue = r.queue and c.key = r.key and c.owner = r.token and c.version = r.version limit 1
+      ) c);
+  end loop;
 end $$;
 
--- Record how attempts ended, as parallel arrays with an entry an attempt. Returns the ids that were
--- refused: their token is not valid any more, the lease was lost and somebody else decides.
---   outcomes    completed, failed, cancelled: into history; retry, snooze: again after delays_ms (null:
---               backoff); release: again at once and not counted; lost: as the reaper does
---   ages_ms     how long ago the attempt started
---   snapshots   the cursor's state that the job began with
---   new_states  the cursor's state after the job (SQL null keeps the old one, JSON null is a state)
+-- Record how attempts ended, as parallel arrays with an entry an attempt, and what became of the cursors
+-- that they ran under, with an entry a run. A run is settled whole, jobs in order. Returns the ids that
+-- were refused: their token is not valid any more, the lease was lost and somebody else decides.
+--   outcomes     completed, failed, cancelled: into history; retry, snooze: again after delays_ms (null:
+--                backoff); release: again at once and not counted; lost: as the reaper does
+--   ages_ms      how long ago the attempt started
+--   snapshots    the cursor's state that the job began with
+--   versions     the cursor's version that the job produced: one more for each job that completed, or that
+--                failed or was cancelled and left a state
+--   run_versions, run_new_versions   the cursor's version before and after the run
+--   run_states   the state that the run leaves (SQL null keeps the old one, JSON null is a state)
+--   run_holds    the job that holds the cursor until its next attempt
+--   run_whole    true if every job of the run is finished
 create or replace function settle(
   tids tid[], ids bigint[], tokens bigint[], outcomes text[], results text[], errors text[],
-  delays_ms float8[], ages_ms float8[], snapshots text[], new_states text[]
+  delays_ms float8[], ages_ms float8[], snapshots text[], versions bigint[],
+  run_queues text[] default null, run_keys text[] default null, run_tokens bigint[] default null,
+  run_versions bigint[] default null, run_new_versions bigint[] default null,
+  run_states text[] default null, run_holds bigint[] default null, run_whole boolean[] default null
 ) returns bigint[]
-language plpgsql set search_path from current
-set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off
-as $$
+language plpgsql set search_path from current as $$
 #variable_conflict use_column
 declare
   hints tid[] := settle.tids;
-  cursors record;
-  with_cursors boolean;
+  with_cursors boolean := cardinality(settle.run_keys) > 0;
+  finished record;
   back record;
   queues text[];
   done bigint[] := '{}';
 begin
   perform require_read_committed();
-  with_cursors := exists (select from claims c where c.token = any(settle.tokens) and c.has_cursors);
-  select null::text[] as queues, null::text[] as keys, null::bigint[] as versions into cursors;
   if with_cursors then
-    cursors := lock_cursors(settle.ids, settle.tokens, settle.outcomes);
+    perform let_go(settle.ids, settle.outcomes, settle.run_queues, settle.run_keys, settle.run_tokens,
+      settle.run_versions, settle.run_new_versions, settle.run_states, settle.run_holds, settle.run_whole);
   end if;
 
   for round in 1 .. 2 loop
-    done := done || finish(hints, settle.ids, settle.tokens, settle.outcomes, settle.results, settle.errors,
-      settle.ages_ms, settle.snapshots, cursors.versions);
+    finished := finish(hints, settle.ids, settle.tokens, settle.outcomes, settle.results, settle.errors,
+      settle.ages_ms, settle.snapshots, settle.versions);
+    done := done || finished.done;
+    if with_cursors then
+      perform from unnest(settle.run_holds) h(id) where h.id = any(finished.done);
+      if found or settle.outcomes && '{release,lost}' or finished.halts is not null then
+        -- A hold ends with its job; a failure may halt.
+        update cursors c set
+          hold = case when c.hold = any(finished.done) then null else c.hold end,
+          halted_at = case when r.halts is null then c.halted_at else coalesce(c.halted_at, clock_timestamp()) end,
+          halted_by = case when c.halted_at is null then r.halts else c.halted_by end
+        from (
+          select c.tid, (
+            select h.id from unnest(finished.halts, finished.halt_queues, finished.halt_keys) h(id, queue, key)
+            where h.queue = r.queue and h.key = r.key limit 1) as halts
+          from unnest(settle.run_queues, settle.run_keys) r(queue, key)
+          cross join lateral (select c.ctid as tid from cursors c where c.queue = r.queue and c.key = r.key limit 1) c
+        ) r
+        where c.ctid = r.tid and (r.halts is not null or c.hold = any(finished.done));
+      end if;
+    end if;
     if settle.outcomes && '{retry,snooze,release,lost}' then
       back := put_back(hints, settle.ids, settle.tokens, settle.outcomes, settle.errors, settle.delays_ms);
       done := done || back.done;
@@ -182,9 +197,8 @@ begin
   end loop;
 
   if with_cursors then
-    perform let_go(cursors.queues, cursors.keys, settle.ids, settle.tokens, cursors.versions, settle.outcomes, settle.new_states);
-    perform pass_on(cursors.queues, cursors.keys);
-    queues := queues || cursors.queues;
+    perform pass_on(settle.run_queues, settle.run_keys);
+    queues := queues || settle.run_queues;
   end if;
   update claims c set open = c.open - e.n
     from (select u.token, count(*) as n from unnest(settle.ids, settle.tokens) u(id, token)
@@ -206,16 +220,33 @@ create or replace function settle(
 ) returns void
 language plpgsql set search_path from current as $$
 #variable_conflict use_column
+declare
+  job record;
+  refused bigint[];
 begin
   if not settle.outcome in ('completed', 'failed', 'cancelled', 'retry', 'snooze', 'release') then
     raise exception 'pgcue: outcome % is none of completed, failed, cancelled, retry, snooze, release', settle.outcome
       using errcode = 'invalid_parameter_value';
   end if;
-  if settle(array[(select j.ctid from jobs j where j.id = settle.id)], array[settle.id], array[settle.token],
-      array[settle.outcome], array[settle.result::text], array[settle.error],
-      array[(extract(epoch from settle.delay) * 1000)::float8], array[null::float8],
-      array[(select c.state::text from jobs j join cursors c on c.queue = j.queue and c.key = j.cursor_key where j.id = settle.id)],
-      array[settle.new_state::text]) <> '{}' then
+  select j.ctid as tid, j.on_retry, c.queue, c.key, c.state::text, c.version, c.version as new_version,
+      null::bigint as hold into job
+    from jobs j
+    left join lateral (select * from cursors c where c.queue = j.queue and c.key = j.cursor_key limit 1) c on true
+    where j.id = settle.id and j.token = settle.token;
+  if settle.outcome = 'completed' or settle.outcome in ('failed', 'cancelled') and settle.new_state is not null then
+    job.new_version := job.version + 1;
+  end if;
+  if settle.outcome in ('retry', 'snooze') and job.on_retry is distinct from 'pass' then
+    job.hold := settle.id;
+  end if;
+  refused := settle(array[job.tid], array[settle.id], array[settle.token], array[settle.outcome],
+    array[settle.result::text], array[settle.error], array[(extract(epoch from settle.delay) * 1000)::float8],
+    array[null::float8], array[job.state], array[nullif(job.new_version, job.version)],
+    array_remove(array[job.queue], null), array_remove(array[job.key], null), array[settle.token],
+    array[job.version], array[job.new_version],
+    array[case when job.new_version > job.version then settle.new_state::text end], array[job.hold],
+    array[settle.outcome in ('completed', 'failed', 'cancelled')]);
+  if refused <> '{}' then
     raise exception 'pgcue: job % is not running under this token', settle.id
       using hint = 'Its lease ran out, or it was settled before. Nothing was changed.';
   end if;

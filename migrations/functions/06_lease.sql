@@ -1,9 +1,12 @@
 -- Leases: a node's right to run what it claimed, kept alive by one heartbeat and ended by the reaper.
 
-create or replace function begin_lease(lease bigint, node text, ttl interval) returns void
+create or replace function begin_lease(
+  lease bigint, node text, ttl interval, queues text[] default null, kinds text[] default null
+) returns void
 language sql set search_path from current as $$
-  insert into leases (id, node, ttl, expires_at)
-  values (begin_lease.lease, begin_lease.node, begin_lease.ttl, clock_timestamp() + begin_lease.ttl)
+  insert into leases (id, node, ttl, queues, kinds, expires_at)
+  values (begin_lease.lease, begin_lease.node, begin_lease.ttl, begin_lease.queues, begin_lease.kinds,
+    clock_timestamp() + begin_lease.ttl)
 $$;
 
 -- The heartbeat; also for SQL consumers, whose lease is their claim's token. alive: the lease goes on,
@@ -22,41 +25,52 @@ begin
   cancelled := array(select j.id from jobs j where j.cancelled_at is not null and j.token = any(open_claims));
 end $$;
 
--- Give back what is left of a claim: 'release' by its node, 'lost' by the reaper. Cursors first, then
--- jobs; rows that another transaction holds are left for the next time. Returns (given back, left).
-create or replace function give_back(token bigint, outcome text, out moved int, out stuck int)
-language plpgsql set search_path from current
-set enable_seqscan = off set jit = off
-as $$
+-- Give back what is left of a claim: 'release' by its node, 'lost' by the reaper, or only the run of one
+-- cursor. Cursors first, then jobs; what another transaction holds is left for the next time, and with a
+-- job its whole run, because a run is settled whole.
+create or replace function give_back(token bigint, outcome text, key text default null, out moved int, out stuck int)
+language plpgsql set search_path from current as $$
 #variable_conflict use_column
 declare
-  ids bigint[];
-  tids tid[];
+  free record;
 begin
   perform require_read_committed();
   with mine as materialized (
-    select j.id, j.queue, j.cursor_key from claims c join jobs j on j.id = any(c.ids) and j.token = c.token
-    where c.token = give_back.token
-  ), free as materialized (
-    select c.queue, c.key from cursors c
-    where (c.queue, c.key) in (select m.queue, m.cursor_key from mine m where m.cursor_key is not null)
-    order by c.queue, c.key for update skip locked
-  ), locked as materialized (
-    select j.id, j.ctid as tid from jobs j
-    where j.token = give_back.token and j.id = any(array(
-      select m.id from mine m left join free f on f.queue = m.queue and f.key = m.cursor_key
-      where m.cursor_key is null or f.key is not null))
+    select j.id, j.queue, j.cursor_key as key from claims c join jobs j on j.id = any(c.ids) and j.token = c.token
+    where c.token = give_back.token and (give_back.key is null or j.cursor_key = give_back.key)
+  ), cursors_locked as materialized (
+    select k.queue, k.key, c.version
+    from (select distinct m.queue, m.key from mine m where m.key is not null order by m.queue, m.key) k
+    cross join lateral (
+      select c.version from cursors c where c.queue = k.queue and c.key = k.key for update skip locked
+    ) c
+  ), jobs_locked as materialized (
+    select j.id, j.ctid as tid, j.queue, j.cursor_key as key from jobs j
+    where j.token = give_back.token and j.id = any(array(select m.id from mine m))
     order by j.id for update skip locked
+  ), whole as (
+    select l.queue, l.key, l.version from cursors_locked l
+    where not exists (select from mine m where m.queue = l.queue and m.key = l.key
+      and m.id not in (select j.id from jobs_locked j))
+  ), given as (
+    select j.id, j.tid from jobs_locked j left join whole w on w.queue = j.queue and w.key = j.key
+    where j.key is null or w.key is not null
   )
-  select coalesce(array_agg(l.id), '{}'), array_agg(l.tid), (select count(*) from mine)
-    into ids, tids, stuck from locked l;
-  moved := cardinality(ids);
-  stuck := stuck - moved;
+  select coalesce((select array_agg(f.id) from given f), '{}') as ids, (select array_agg(f.tid) from given f) as tids,
+      (select count(*) from mine)::int as all_of_it,
+      (select array_agg(w.queue order by w.queue, w.key) from whole w) as queues,
+      (select array_agg(w.key order by w.queue, w.key) from whole w) as keys,
+      (select array_agg(w.version order by w.queue, w.key) from whole w) as versions
+    into free;
+  moved := cardinality(free.ids);
+  stuck := free.all_of_it - moved;
   if moved > 0 then
-    perform settle(tids, ids, array_fill(give_back.token, array[moved]), array_fill(give_back.outcome, array[moved]),
-      null, null, null, null, null, null);
+    perform settle(free.tids, free.ids, array_fill(give_back.token, array[moved]),
+      array_fill(give_back.outcome, array[moved]), null, null, null, null, null, null,
+      free.queues, free.keys, array_fill(give_back.token, array[coalesce(cardinality(free.keys), 0)]),
+      free.versions, free.versions, null, null, array_fill(false, array[coalesce(cardinality(free.keys), 0)]));
   end if;
-  if stuck = 0 then
+  if stuck = 0 and give_back.key is null then
     delete from claims c where c.token = give_back.token;
   end if;
 end $$;

@@ -1,4 +1,4 @@
-//! The two lists that a pool's threads share: claimed runs that wait for a slot, and attempts that
+//! The two lists that a pool's threads share: claimed runs that wait for a slot, and runs that
 //! ended and wait to be settled. Both pass many entries for one wake-up: handing over a job must cost
 //! no more than a job that does nothing.
 
@@ -9,16 +9,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use actix::Recipient;
 use tokio::sync::Notify;
 
-use super::messages::{Collect, EndedAttempt};
-use crate::store::ClaimedJob;
-
-/// Consecutive jobs of one cursor, or one job.
-pub(crate) type JobRun = Vec<ClaimedJob>;
+use super::messages::Collect;
+use crate::store::{ClaimedRun, EndedRun};
 
 /// Claimed runs, in order.
 #[derive(Default)]
 pub(crate) struct Backlog {
-    runs: Mutex<VecDeque<JobRun>>,
+    runs: Mutex<VecDeque<ClaimedRun>>,
     /// Jobs in it (a run may be many).
     jobs: AtomicUsize,
     idle: Notify,
@@ -27,12 +24,12 @@ pub(crate) struct Backlog {
 
 impl Backlog {
     /// Add runs and wake a slot. Hands them back if the backlog is closed.
-    pub(crate) fn add(&self, runs: Vec<JobRun>) -> Result<(), Vec<JobRun>> {
+    pub(crate) fn add(&self, runs: Vec<ClaimedRun>) -> Result<(), Vec<ClaimedRun>> {
         let mut queue = lock(&self.runs);
         if self.is_closed() {
             return Err(runs);
         }
-        self.jobs.fetch_add(runs.iter().map(Vec::len).sum(), Ordering::AcqRel);
+        self.jobs.fetch_add(runs.iter().map(|run| run.jobs.len()).sum(), Ordering::AcqRel);
         queue.extend(runs);
         drop(queue);
         self.idle.notify_one();
@@ -40,7 +37,7 @@ impl Backlog {
     }
 
     /// Take the next run; wait if there is none. None when the backlog is closed.
-    pub(crate) async fn take(&self) -> Option<JobRun> {
+    pub(crate) async fn take(&self) -> Option<ClaimedRun> {
         loop {
             if let Some(run) = self.pop() {
                 if self.jobs() > 0 {
@@ -56,18 +53,17 @@ impl Backlog {
         }
     }
 
-    fn pop(&self) -> Option<JobRun> {
+    fn pop(&self) -> Option<ClaimedRun> {
         let run = lock(&self.runs).pop_front()?;
-        self.jobs.fetch_sub(run.len(), Ordering::AcqRel);
+        self.jobs.fetch_sub(run.jobs.len(), Ordering::AcqRel);
         Some(run)
     }
 
     /// Take all that is left; it has not started.
-    pub(crate) fn empty(&self) -> Vec<ClaimedJob> {
+    pub(crate) fn empty(&self) -> VecDeque<ClaimedRun> {
         let runs = std::mem::take(&mut *lock(&self.runs));
-        let jobs: Vec<ClaimedJob> = runs.into_iter().flatten().collect();
-        self.jobs.fetch_sub(jobs.len(), Ordering::AcqRel);
-        jobs
+        self.jobs.fetch_sub(runs.iter().map(|run| run.jobs.len()).sum(), Ordering::AcqRel);
+        runs
     }
 
     /// Slots end when they next look for a run.
@@ -95,18 +91,18 @@ impl Backlog {
     }
 }
 
-/// Attempts that ended and wait to be settled.
+/// Runs that ended and wait to be settled.
 #[derive(Default)]
-pub(crate) struct Outbox(Mutex<Vec<EndedAttempt>>);
+pub(crate) struct Outbox(Mutex<Vec<EndedRun>>);
 
 impl Outbox {
     /// All of them.
-    pub(crate) fn collect(&self) -> Vec<EndedAttempt> {
+    pub(crate) fn collect(&self) -> Vec<EndedRun> {
         std::mem::take(&mut *lock(&self.0))
     }
 }
 
-/// The way of ended attempts to the Completer.
+/// The way of ended runs to the Completer.
 #[derive(Clone)]
 pub(crate) struct Endings {
     pub(crate) outbox: Arc<Outbox>,
@@ -114,8 +110,8 @@ pub(crate) struct Endings {
 }
 
 impl Endings {
-    /// Add attempts, and tell the Completer unless it has been told already.
-    pub(crate) fn add(&self, ended: Vec<EndedAttempt>) {
+    /// Add runs, and tell the Completer unless it has been told already.
+    pub(crate) fn add(&self, ended: impl IntoIterator<Item = EndedRun>) {
         let mut all = lock(&self.outbox.0);
         let first = all.is_empty();
         all.extend(ended);

@@ -20,8 +20,7 @@ use super::worker_pool::WorkerPool;
 use crate::error::Error;
 use crate::metrics::Metrics;
 use crate::pacing::{self, FullPasses, Marks};
-use crate::store::ClaimedJob;
-use crate::store::{Claim, Claimed, Mark, Store};
+use crate::store::{Claim, Claimed, ClaimedRun, Mark, Store};
 
 /// Producers hold the post, or somebody a row: look again after this, doubling up to the second.
 const BUSY_POLL: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(100));
@@ -145,12 +144,12 @@ impl Dispatcher {
             match store.claim(&claim).await {
                 Ok(claimed) if lease.id() != Some(lease_id) => {
                     // The lease was lost meanwhile: nobody would tell these jobs to stop.
-                    tracing::warn!(jobs = claimed.jobs.len(), "a claim came back after its lease was lost");
+                    tracing::warn!(jobs = claimed.jobs(), "a claim came back after its lease was lost");
                     actix_rt::spawn(async move { drop(store.give_back(token).await) });
                     Pass::NoLease
                 }
                 Ok(claimed) => {
-                    lease.opened(token, claimed.jobs.len());
+                    lease.opened(token, claimed.jobs());
                     Pass::Claimed { claimed, wanted: wanted.jobs, full }
                 }
                 Err(error) => {
@@ -181,7 +180,7 @@ impl Dispatcher {
                 false
             }
             Pass::Claimed { claimed, wanted, full } => {
-                let found = claimed.jobs.len();
+                let found = claimed.jobs();
                 if full && (found == 0 || !claimed.marks.is_empty()) {
                     self.rest.passes.made(now, claimed.reading);
                     self.rest.seen_all = found == 0 && !self.rest.woken;
@@ -192,7 +191,7 @@ impl Dispatcher {
                     self.rest.marks.read(now, claimed.marks, found < wanted);
                 }
                 if found > 0 {
-                    self.start(claimed.jobs);
+                    self.start(claimed.runs, found);
                 }
                 if claimed.contended && found < wanted {
                     self.rest.passes.hurry(now);
@@ -213,21 +212,12 @@ impl Dispatcher {
         }
     }
 
-    /// Hand jobs to the pool, those of one cursor as one run.
-    fn start(&mut self, jobs: Vec<ClaimedJob>) {
-        self.metrics.claimed.with_label_values(&[&*self.queue]).inc_by(jobs.len() as u64);
-        self.metrics.claim_size.with_label_values(&[&*self.queue]).observe(jobs.len() as f64);
+    /// Hand runs to the pool.
+    fn start(&mut self, runs: Vec<ClaimedRun>, jobs: usize) {
+        self.metrics.claimed.with_label_values(&[&*self.queue]).inc_by(jobs as u64);
+        self.metrics.claim_size.with_label_values(&[&*self.queue]).observe(jobs as f64);
         let wait = self.metrics.wait.with_label_values(&[&*self.queue]);
-        let mut runs: Vec<Vec<ClaimedJob>> = Vec::with_capacity(jobs.len());
-        for job in jobs {
-            wait.observe(job.waited.as_secs_f64());
-            match runs.last_mut() {
-                Some(run) if job.meta.cursor_key.is_some() && run[0].meta.cursor_key == job.meta.cursor_key => {
-                    run.push(job)
-                }
-                _ => runs.push(vec![job]),
-            }
-        }
+        runs.iter().flat_map(|run| &run.jobs).for_each(|job| wait.observe(job.waited.as_secs_f64()));
         self.pool.do_send(Run(runs));
         self.rest.vain = 0;
         self.rest.notified = false;

@@ -10,7 +10,7 @@ use super::messages::{Cancel, Cause, EndLease, LeaseLost, Observe, Observed};
 use super::worker_pool::WorkerPool;
 use crate::error::Result;
 use crate::metrics::Metrics;
-use crate::store::Store;
+use crate::store::{NodeInfo, Store};
 
 /// Time since boot, counting time in suspend, which [`std::time::Instant`] does not on Linux.
 fn since_boot() -> Duration {
@@ -25,7 +25,7 @@ fn since_boot() -> Duration {
 pub(crate) struct LeaseKeeper {
     store: Store,
     lease: Lease,
-    node: String,
+    node: NodeInfo,
     ttl: Duration,
     metrics: Metrics,
     bell: Bell,
@@ -44,7 +44,13 @@ enum Beat {
 
 impl LeaseKeeper {
     /// Begin the first lease; a node does not start without.
-    pub(crate) async fn begin(store: Store, node: String, ttl: Duration, metrics: Metrics, bell: Bell) -> Result<Self> {
+    pub(crate) async fn begin(
+        store: Store,
+        node: NodeInfo,
+        ttl: Duration,
+        metrics: Metrics,
+        bell: Bell,
+    ) -> Result<Self> {
         let confirmed = since_boot();
         let lease = Lease::default();
         let id = draw();

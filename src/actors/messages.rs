@@ -5,8 +5,7 @@ use std::time::Duration;
 
 use actix::Message;
 
-use crate::store::ClaimedJob;
-use crate::store::Settlement;
+use crate::store::ClaimedRun;
 
 /// Work may exist. The notified path and the recovery path are one path.
 #[derive(Message, Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,28 +60,15 @@ pub struct Wanted {
     pub mean_run: Duration,
 }
 
-/// Dispatcher to WorkerPool: claimed jobs, in order. Jobs of one run share their cursor.
+/// Dispatcher to WorkerPool: claimed jobs, in order.
 #[derive(Message)]
 #[rtype(result = "()")]
-pub struct Run(pub Vec<Vec<ClaimedJob>>);
+pub struct Run(pub Vec<ClaimedRun>);
 
 /// To the Completer: attempts ended, collect them from the outbox.
 #[derive(Message)]
 #[rtype(result = "()")]
 pub struct Collect;
-
-/// One attempt that ended.
-#[derive(Debug)]
-pub struct EndedAttempt {
-    /// Its queue.
-    pub queue: Arc<str>,
-    /// Its kind.
-    pub kind: Arc<str>,
-    /// How long it ran; none if it was not made.
-    pub ran: Option<Duration>,
-    /// What to write.
-    pub settlement: Settlement,
-}
 
 /// To the Completer: answer when everything that ended before is settled.
 #[derive(Message)]

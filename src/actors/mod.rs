@@ -11,6 +11,7 @@ pub(crate) mod listener;
 pub(crate) mod messages;
 pub(crate) mod reaper;
 pub(crate) mod scheduler;
+pub(crate) mod sticky;
 pub(crate) mod supervisor;
 pub(crate) mod worker;
 pub(crate) mod worker_pool;

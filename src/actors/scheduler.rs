@@ -1,4 +1,5 @@
-//! The scheduler: moves due jobs into the line when their time comes, and tends the history. Every
+//! The scheduler: moves due jobs into the line when their time comes, moves the horizon that lets cursors
+//! skip what was settled, and tends the history. Every
 //! node has one; duties are leaderless, and two nodes doing one at once do no harm.
 //!
 //! A pass promotes what is due and learns when the next job will be. It is made when that moment
@@ -10,7 +11,7 @@ use actix::{Actor, ActorFutureExt, AsyncContext, Context, Handler, SpawnHandle, 
 
 use super::bell::Bell;
 use super::messages::{Cause, Observe, Observed, Wake};
-use crate::store::Store;
+use crate::store::{Horizon, Store};
 
 /// At most so many jobs are promoted in one call.
 const BATCH: i32 = 1000;
@@ -34,11 +35,19 @@ pub(crate) struct Rest {
     not_before: Instant,
     timer: Option<SpawnHandle>,
     days_ahead: Option<i32>,
+    horizon: Horizon,
 }
 
 impl Default for Rest {
     fn default() -> Self {
-        Rest { passing: false, woken: false, not_before: Instant::now(), timer: None, days_ahead: None }
+        Rest {
+            passing: false,
+            woken: false,
+            not_before: Instant::now(),
+            timer: None,
+            days_ahead: None,
+            horizon: Horizon::default(),
+        }
     }
 }
 
@@ -85,6 +94,15 @@ impl Scheduler {
         }));
     }
 
+    fn move_horizon(&mut self, ctx: &mut Context<Self>) {
+        let (store, last) = (self.store.clone(), self.rest.horizon.clone());
+        let see = async move { store.move_horizon(&last).await };
+        ctx.spawn(see.into_actor(self).map(|seen, scheduler, _| match seen {
+            Ok(seen) => scheduler.rest.horizon = seen,
+            Err(error) => tracing::warn!(%error, "the horizon cannot be moved"),
+        }));
+    }
+
     fn tend(&mut self, ctx: &mut Context<Self>) {
         let (store, days) = (self.store.clone(), self.history_days);
         let tend = async move { store.tend_history(days).await };
@@ -101,6 +119,7 @@ impl Actor for Scheduler {
     fn started(&mut self, ctx: &mut Self::Context) {
         self.pass(ctx);
         self.tend(ctx);
+        ctx.run_interval(TICK, |scheduler, ctx| scheduler.move_horizon(ctx));
         ctx.run_interval(TEND_EVERY, |scheduler, ctx| scheduler.tend(ctx));
     }
 }

@@ -5,7 +5,7 @@
 //! and throws it away, to be rebuilt from its factory when it is next needed, after a panic, a
 //! timeout or a freeze. The attempt at hand is the only one that is lost.
 
-use std::any::Any;
+use std::any::{Any, TypeId};
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
@@ -16,9 +16,11 @@ use actix::{Actor, Addr, Context, Handler};
 use futures_util::FutureExt;
 use futures_util::future::LocalBoxFuture;
 
+use super::sticky::{CursorLeft, Kept, Parting, Sticky};
+use crate::cursor::OwnedCursor;
 use crate::error::{Error, Result};
 use crate::job::{Job, Meta, parse};
-use crate::lifecycle::End;
+use crate::lifecycle::{End, Limits};
 use crate::outcome::JobResult;
 use crate::retry::RetryPolicy;
 use crate::store::ClaimedJob;
@@ -35,7 +37,48 @@ pub(crate) trait Runner {
 pub(crate) struct Entry {
     pub(crate) retry: fn() -> RetryPolicy,
     timeout: Option<Duration>,
-    factory: Arc<dyn Fn() -> Box<dyn Runner> + Send + Sync>,
+    source: Source,
+}
+
+/// Where the runners of a kind come from.
+#[derive(Clone)]
+enum Source {
+    /// One for each slot.
+    Slot(Arc<dyn Fn() -> Box<dyn Runner> + Send + Sync>),
+    /// One for each cursor.
+    Cursor(Arc<dyn StickyKind>),
+}
+
+/// A kind whose actors stay with their cursor.
+trait StickyKind: Send + Sync {
+    /// The actor's type: kinds that share it share the actor.
+    fn actor(&self) -> TypeId;
+    fn start(&self, key: &str) -> Kept;
+    /// None if the actor is of another type.
+    fn runner(&self, kept: &Kept) -> Option<Box<dyn Runner>>;
+}
+
+struct StickyActor<T, A: Actor> {
+    factory: Arc<dyn Fn(&str) -> A + Send + Sync>,
+    task: std::marker::PhantomData<fn(T)>,
+}
+
+impl<T: Task, A> StickyKind for StickyActor<T, A>
+where
+    A: Actor<Context = Context<A>> + Handler<Job<T>> + Handler<CursorLeft>,
+{
+    fn actor(&self) -> TypeId {
+        TypeId::of::<A>()
+    }
+
+    fn start(&self, key: &str) -> Kept {
+        Kept::new((self.factory)(key).start())
+    }
+
+    fn runner(&self, kept: &Kept) -> Option<Box<dyn Runner>> {
+        let address = kept.address::<A>()?.clone();
+        Some(Box::new(ActorRunner::<T, A> { address, task: std::marker::PhantomData }))
+    }
 }
 
 /// The kinds that a node handles.
@@ -44,11 +87,16 @@ pub(crate) struct Handlers {
     kinds: HashMap<Arc<str>, Entry>,
     /// How long an attempt may take if neither job nor task says.
     timeout: Duration,
+    limits: Limits,
 }
 
 impl Handlers {
-    pub(crate) fn new(timeout: Duration) -> Self {
-        Handlers { kinds: HashMap::new(), timeout }
+    pub(crate) fn new(timeout: Duration, limits: Limits) -> Self {
+        Handlers { kinds: HashMap::new(), timeout, limits }
+    }
+
+    pub(crate) fn limits(&self) -> &Limits {
+        &self.limits
     }
 
     /// Handle `T` with an async function.
@@ -57,9 +105,9 @@ impl Handlers {
         F: Fn(Job<T>) -> R + Send + Sync + Clone + 'static,
         R: Future<Output = JobResult> + 'static,
     {
-        self.add::<T>(Arc::new(move || {
+        self.add::<T>(Source::Slot(Arc::new(move || {
             Box::new(FnRunner { handler: handler.clone(), task: std::marker::PhantomData::<fn(T)> })
-        }))
+        })))
     }
 
     /// Handle `T` with actors that `factory` makes, one for each slot.
@@ -68,14 +116,23 @@ impl Handlers {
         A: Actor<Context = Context<A>> + Handler<Job<T>>,
     {
         let factory = Arc::new(factory);
-        self.add::<T>(Arc::new(move || {
+        self.add::<T>(Source::Slot(Arc::new(move || {
             let factory = Arc::clone(&factory);
             Box::new(ActorRunner::<T, A> { address: factory().start(), task: std::marker::PhantomData })
-        }))
+        })))
     }
 
-    fn add<T: Task>(&mut self, factory: Arc<dyn Fn() -> Box<dyn Runner> + Send + Sync>) -> Result<()> {
-        let entry = Entry { retry: T::retry, timeout: T::TIMEOUT, factory };
+    /// Handle `T` with actors that `factory` makes, one for each cursor.
+    pub(crate) fn add_sticky<T: Task, A>(&mut self, factory: impl Fn(&str) -> A + Send + Sync + 'static) -> Result<()>
+    where
+        A: Actor<Context = Context<A>> + Handler<Job<T>> + Handler<CursorLeft>,
+    {
+        let factory = Arc::new(factory);
+        self.add::<T>(Source::Cursor(Arc::new(StickyActor::<T, A> { factory, task: std::marker::PhantomData })))
+    }
+
+    fn add<T: Task>(&mut self, source: Source) -> Result<()> {
+        let entry = Entry { retry: T::retry, timeout: T::TIMEOUT, source };
         match self.kinds.insert(T::KIND.into(), entry) {
             Some(_) => Err(Error::Setup(format!("kind {:?} has two handlers; register it once", T::KIND))),
             None => Ok(()),
@@ -166,33 +223,50 @@ impl RestartBudget {
 /// The runners of one slot.
 pub(crate) struct Runners {
     handlers: Arc<Handlers>,
+    sticky: Arc<Sticky>,
     built: HashMap<Arc<str>, Box<dyn Runner>>,
+    /// The cursor of the run at hand: key and turn.
+    cursor: Option<(Arc<str>, i64)>,
+    /// Its sticky actors, by their type, as long as all its jobs complete.
+    held: HashMap<TypeId, Kept>,
     budget: RestartBudget,
 }
 
 impl Runners {
-    pub(crate) fn new(handlers: Arc<Handlers>) -> Self {
+    pub(crate) fn new(handlers: Arc<Handlers>, sticky: Arc<Sticky>) -> Self {
         catch_panic_messages();
         let budget = RestartBudget { left: RestartBudget::REBUILDS, since: Instant::now() };
-        Runners { handlers, built: HashMap::new(), budget }
+        Runners { handlers, sticky, built: HashMap::new(), cursor: None, held: HashMap::new(), budget }
+    }
+
+    /// A run begins.
+    pub(crate) fn enter(&mut self, cursor: Option<&OwnedCursor>) {
+        self.cursor = cursor.map(|cursor| (Arc::clone(&cursor.key), cursor.turn));
+    }
+
+    /// The run has ended: its sticky actors wait for the cursor's next turn.
+    pub(crate) fn leave(&mut self, completed: bool) {
+        let Some((key, turn)) = self.cursor.take() else { return };
+        for (actor, kept) in self.held.drain() {
+            match completed {
+                true => self.sticky.keep(actor, Arc::clone(&key), turn, kept),
+                false => kept.part(Arc::clone(&key), Parting::Failed),
+            }
+        }
     }
 
     /// Make one attempt, which may take `limit`. The second answer says why the runner was thrown away.
     pub(crate) async fn attempt(&mut self, payload: &str, meta: Meta, limit: Duration) -> (End, Option<&'static str>) {
         let kind = Arc::clone(&meta.kind);
         let cancelled = meta.cancelled.clone();
-        let Some(entry) = self.handlers.get(&kind) else {
-            return (End::Released, None); // claims ask only for kinds that are handled
-        };
-        let attempt = std::panic::catch_unwind(AssertUnwindSafe(|| {
-            self.built.entry(Arc::clone(&kind)).or_insert_with(|| (entry.factory)()).run(payload, meta)
-        }));
+        let attempt = std::panic::catch_unwind(AssertUnwindSafe(|| self.begin(payload, meta)));
         let end = match attempt {
-            Ok(attempt) => match tokio::time::timeout(limit, AssertUnwindSafe(attempt).catch_unwind()).await {
+            Ok(Ok(attempt)) => match tokio::time::timeout(limit, AssertUnwindSafe(attempt).catch_unwind()).await {
                 Ok(Ok(end)) => end,
                 Ok(Err(panic)) => End::Panicked(last_panic().unwrap_or_else(|| panic_text(&*panic))),
                 Err(_) => End::TimedOut(limit),
             },
+            Ok(Err(end)) => end,
             Err(panic) => End::Panicked(last_panic().unwrap_or_else(|| panic_text(&*panic))),
         };
         let cause = match &end {
@@ -202,8 +276,34 @@ impl Runners {
         };
         cancelled.cancel();
         self.built.remove(&kind);
+        if let Some((key, _)) = &self.cursor {
+            self.held.drain().for_each(|(_, kept)| kept.part(Arc::clone(key), Parting::Failed));
+        }
         tokio::time::sleep(self.budget.spend(Instant::now())).await;
         (end, Some(cause))
+    }
+
+    /// Find or build the runner, and let it begin.
+    fn begin(&mut self, payload: &str, meta: Meta) -> Result<LocalBoxFuture<'static, End>, End> {
+        let Some(entry) = self.handlers.get(&meta.kind) else {
+            return Err(End::Released); // claims ask only for kinds that are handled
+        };
+        match &entry.source {
+            Source::Slot(build) => {
+                let runner = self.built.entry(Arc::clone(&meta.kind)).or_insert_with(|| build());
+                Ok(runner.run(payload, meta))
+            }
+            Source::Cursor(sticky) => {
+                let Some((key, turn)) = &self.cursor else {
+                    return Err(End::Rejected("its handler is an actor of a cursor; enqueue it with a cursor".into()));
+                };
+                let kept = self.held.entry(sticky.actor()).or_insert_with(|| {
+                    self.sticky.take(sticky.actor(), key, *turn).unwrap_or_else(|| sticky.start(key))
+                });
+                let runner = sticky.runner(kept);
+                Ok(runner.expect("kept actors are found by their type").run(payload, meta))
+            }
+        }
     }
 }
 

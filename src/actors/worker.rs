@@ -9,19 +9,21 @@ use std::time::{Duration, Instant};
 use actix::{Actor, AsyncContext, Context, WrapFuture};
 use tracing::Instrument;
 
-use super::backlog::{Backlog, Endings, JobRun};
+use super::backlog::{Backlog, Endings};
 use super::bell::Bell;
-use super::messages::{Cause, EndedAttempt};
+use super::messages::Cause;
+use super::sticky::Sticky;
 use super::supervisor::{Handlers, Runners};
+use crate::cursor::Fold;
 use crate::lifecycle::{End, Settled, judge};
 use crate::metrics::Metrics;
 use crate::retry::RetryPolicy;
-use crate::store::ClaimedJob;
-use crate::store::Settlement;
+use crate::store::{ClaimedJob, ClaimedRun, EndedRun, Settlement};
 
 /// What the slots of one pool share.
 pub(crate) struct Shared {
     pub(crate) handlers: Arc<Handlers>,
+    pub(crate) sticky: Arc<Sticky>,
     pub(crate) backlog: Backlog,
     pub(crate) endings: Endings,
     pub(crate) busy: AtomicUsize,
@@ -61,12 +63,9 @@ pub(crate) struct Current(Mutex<Option<Attempt>>);
 
 pub(crate) struct Attempt {
     pub(crate) job: ClaimedJob,
-    /// The jobs of the same run that come after it.
-    pub(crate) rest: VecDeque<ClaimedJob>,
-    /// Those that ended before it, not settled yet.
-    pub(crate) ended: Vec<EndedAttempt>,
     pub(crate) started: Instant,
     pub(crate) limit: Duration,
+    run: Progress,
 }
 
 impl Current {
@@ -83,7 +82,7 @@ impl Current {
     /// The lease is lost: tell the running handler to stop, and forget the rest of its run.
     pub(crate) fn forsake(&self) {
         if let Some(attempt) = &mut *self.0.lock().unwrap_or_else(PoisonError::into_inner) {
-            attempt.rest.clear();
+            attempt.run.rest.clear();
             attempt.job.meta.cancelled.cancel();
         }
     }
@@ -98,32 +97,63 @@ impl Current {
 }
 
 impl Attempt {
-    /// Everything of the run, the attempt at hand having ended like this and the rest given back.
-    pub(crate) fn end(self, end: End, handlers: &Handlers) -> Vec<EndedAttempt> {
-        let mut ended = self.ended;
-        ended.push(settlement(self.job, end, Some(self.started), handlers));
-        ended.extend(self.rest.into_iter().map(|job| settlement(job, End::Released, None, handlers)));
-        ended
+    /// The run, the attempt at hand having ended like this and the rest given back.
+    pub(crate) fn end(mut self, end: End, handlers: &Handlers) -> EndedRun {
+        self.run.ended(self.job, end, Some(self.started), handlers);
+        self.run.finish(handlers)
     }
 }
 
-/// An attempt's end as what is settled.
-pub(crate) fn settlement(job: ClaimedJob, end: End, started: Option<Instant>, handlers: &Handlers) -> EndedAttempt {
-    let policy = handlers.get(&job.meta.kind).map_or_else(RetryPolicy::default, |entry| (entry.retry)());
-    let verdict = judge(end, job.meta.attempt, job.meta.max_attempts, &policy, rand::random());
-    EndedAttempt {
-        queue: job.meta.queue,
-        kind: job.meta.kind,
-        ran: started.map(|s| s.elapsed()),
-        settlement: Settlement {
+/// How far a run has come.
+pub(crate) struct Progress {
+    rest: VecDeque<ClaimedJob>,
+    done: EndedRun,
+}
+
+impl Progress {
+    pub(crate) fn begin(run: ClaimedRun, queue: &Arc<str>) -> Self {
+        let jobs = Vec::with_capacity(run.jobs.len());
+        let done = EndedRun { queue: Arc::clone(queue), cursor: run.cursor.map(Fold::new), jobs };
+        Progress { rest: run.jobs, done }
+    }
+
+    /// The next job, with the cursor as the jobs before it have left it.
+    fn next(&mut self) -> Option<ClaimedJob> {
+        let mut job = self.rest.pop_front()?;
+        if let Some(fold) = &self.done.cursor {
+            job.meta.cursor_state = fold.current().cloned();
+            job.meta.cursor_version = Some(fold.version);
+        }
+        Some(job)
+    }
+
+    /// An attempt ended. Answers whether the next job may start.
+    fn ended(&mut self, job: ClaimedJob, end: End, started: Option<Instant>, handlers: &Handlers) -> bool {
+        let policy = handlers.get(&job.meta.kind).map_or_else(RetryPolicy::default, |entry| (entry.retry)());
+        let limits = handlers.limits();
+        let verdict = judge(end, job.meta.attempt, job.meta.max_attempts, &policy, rand::random()).within(limits);
+        let step =
+            self.done.cursor.as_mut().map(|fold| fold.ended(job.meta.id, &verdict, job.on_retry, job.on_failure));
+        self.done.jobs.push(Settlement {
             id: job.meta.id,
+            kind: job.meta.kind,
             token: job.token,
             tid: job.tid,
             verdict,
             started: started.unwrap_or_else(Instant::now),
-            in_cursor: job.meta.cursor_key.is_some(),
-            snapshot: job.meta.cursor_state,
-        },
+            ran: started.map(|s| s.elapsed()),
+            snapshot: job.meta.cursor_state.filter(|state| state.len() <= limits.snapshot),
+            version: step.and_then(|step| step.version),
+        });
+        step.is_none_or(|step| step.goes_on)
+    }
+
+    /// Nothing more of it starts here: the rest is given back.
+    pub(crate) fn finish(mut self, handlers: &Handlers) -> EndedRun {
+        while let Some(job) = self.rest.pop_front() {
+            self.ended(job, End::Released, None, handlers);
+        }
+        self.done
     }
 }
 
@@ -143,14 +173,14 @@ impl Actor for Worker {
 
 /// Take runs until the backlog closes or the pool has given this slot up.
 async fn work(shared: Arc<Shared>, current: Arc<Current>) {
-    let mut runners = Runners::new(Arc::clone(&shared.handlers));
+    let mut runners = Runners::new(Arc::clone(&shared.handlers), Arc::clone(&shared.sticky));
     while let Some(run) = shared.backlog.take().await {
         shared.busy.fetch_add(1, Ordering::AcqRel);
         shared.ask_if_hungry();
         let Some(ended) = execute(run, &shared, &current, &mut runners).await else {
             return; // given up; the pool has settled the run and rebuilt the slot
         };
-        shared.endings.add(ended);
+        shared.endings.add([ended]);
         shared.busy.fetch_sub(1, Ordering::AcqRel);
         shared.ask_if_hungry();
         // Handlers that never wait must not keep other slots of the thread from their turn.
@@ -159,38 +189,29 @@ async fn work(shared: Arc<Shared>, current: Arc<Current>) {
 }
 
 /// Make the attempts of one run. None if the pool took the attempt away.
-async fn execute(run: JobRun, shared: &Shared, current: &Current, runners: &mut Runners) -> Option<Vec<EndedAttempt>> {
-    let mut ended = Vec::with_capacity(run.len());
-    let mut rest: VecDeque<ClaimedJob> = run.into();
-    let mut state = None;
-    while let Some(mut job) = rest.pop_front() {
-        if let Some(state) = &state {
-            job.meta.cursor_state = Some(Arc::clone(state));
-        }
+async fn execute(run: ClaimedRun, shared: &Shared, current: &Current, runners: &mut Runners) -> Option<EndedRun> {
+    runners.enter(run.cursor.as_ref());
+    let mut run = Progress::begin(run, &shared.queue);
+    while let Some(mut job) = run.next() {
         let meta = job.meta.clone();
         let payload = std::mem::take(&mut job.payload);
         let limit = shared.handlers.limit(&job);
         let span =
             tracing::info_span!("job", id = meta.id, kind = &*meta.kind, queue = &*meta.queue, attempt = meta.attempt);
         let started = Instant::now();
-        current.set(Attempt { job, rest, ended, started, limit });
+        current.set(Attempt { job, started, limit, run });
         let (end, rebuilt) = runners.attempt(&payload, meta, limit).instrument(span).await;
         let attempt = current.take_if(|_| true)?;
         if let Some(cause) = rebuilt {
-            shared.metrics.rebuilt.with_label_values(&[&*attempt.job.meta.queue, cause]).inc();
+            shared.metrics.rebuilt.with_label_values(&[&*shared.queue, cause]).inc();
         }
-        (ended, rest) = (attempt.ended, attempt.rest);
+        run = attempt.run;
         shared.ran(started.elapsed());
-        let last = settlement(attempt.job, end, Some(started), &shared.handlers);
-        let outcome = last.settlement.verdict.outcome;
-        if let (Settled::Completed, Some(new)) = (outcome, &last.settlement.verdict.state) {
-            state = Some(Arc::from(new.as_str()));
-        }
-        ended.push(last);
-        if !outcome.is_final() {
-            break; // the cursor waits for this job
+        if !run.ended(attempt.job, end, Some(started), &shared.handlers) {
+            break;
         }
     }
-    ended.extend(rest.into_iter().map(|job| settlement(job, End::Released, None, &shared.handlers)));
+    let ended = run.finish(&shared.handlers);
+    runners.leave(ended.jobs.iter().all(|job| job.verdict.outcome == Settled::Completed));
     Some(ended)
 }

@@ -13,13 +13,14 @@ use actix::{
 use super::backlog::{Backlog, Endings};
 use super::bell::Bell;
 use super::messages::{Cancel, Demand, DrainPool, LeaseLost, Observe, Observed, Run, Wanted};
+use super::sticky::{Parting, Sticky};
 use super::supervisor::Handlers;
-use super::worker::{Attempt, Current, Shared, Worker, settlement};
+use super::worker::{Attempt, Current, Progress, Shared, Worker};
 use crate::config::QueueConfig;
 use crate::lifecycle::End;
 use crate::metrics::Metrics;
 use crate::pacing;
-use crate::store::ClaimedJob;
+use crate::store::ClaimedRun;
 
 /// How often the pool looks for slots that are stuck.
 const PATROL: Duration = Duration::from_millis(250);
@@ -59,9 +60,11 @@ impl WorkerPool {
         endings: Endings,
         metrics: Metrics,
         bell: Bell,
+        sticky_idle: Duration,
     ) -> Self {
         let shared = Arc::new(Shared {
             handlers,
+            sticky: Arc::new(Sticky::new(sticky_idle)),
             backlog: Backlog::default(),
             endings,
             busy: AtomicUsize::new(0),
@@ -98,12 +101,13 @@ impl WorkerPool {
             );
             attempt.job.meta.cancelled.cancel();
             let limit = attempt.limit;
-            self.shared.endings.add(attempt.end(End::Froze(limit), &self.shared.handlers));
+            self.shared.endings.add([attempt.end(End::Froze(limit), &self.shared.handlers)]);
             self.shared.busy.fetch_sub(1, Ordering::AcqRel);
             self.shared.metrics.rebuilt.with_label_values(&[&*self.queue, "freeze"]).inc();
             self.slots[slot] = self.open(Rc::new(Thread(Arbiter::new())));
             self.shared.ask_if_hungry();
         }
+        self.shared.sticky.sweep();
         self.shared.backlog.nudge();
         self.shared.ask_if_hungry();
         let busy = self.shared.busy.load(Ordering::Acquire);
@@ -115,9 +119,9 @@ impl WorkerPool {
             .set(self.config.slots.saturating_sub(busy) as i64);
     }
 
-    fn give_back(&self, jobs: Vec<ClaimedJob>) {
-        let ended = jobs.into_iter().map(|job| settlement(job, End::Released, None, &self.shared.handlers)).collect();
-        self.shared.endings.add(ended);
+    fn give_back(&self, runs: impl IntoIterator<Item = ClaimedRun>) {
+        let handlers = &self.shared.handlers;
+        self.shared.endings.add(runs.into_iter().map(|run| Progress::begin(run, &self.queue).finish(handlers)));
     }
 }
 
@@ -162,7 +166,7 @@ impl Handler<Run> for WorkerPool {
 
     fn handle(&mut self, Run(runs): Run, _: &mut Self::Context) {
         if let Err(runs) = self.shared.backlog.add(runs) {
-            self.give_back(runs.into_iter().flatten().collect());
+            self.give_back(runs);
         }
     }
 }
@@ -185,6 +189,7 @@ impl Handler<LeaseLost> for WorkerPool {
         for slot in &self.slots {
             slot.current.forsake();
         }
+        self.shared.sticky.part_with_all(Parting::LeaseLost);
     }
 }
 
@@ -207,10 +212,11 @@ impl Handler<DrainPool> for WorkerPool {
                 if let Some(attempt) = slot.current.take_if(|_| true) {
                     attempt.job.meta.cancelled.cancel();
                     tracing::warn!(job = attempt.job.meta.id, "the grace period is over; the job is given back");
-                    pool.shared.endings.add(attempt.end(End::Released, &pool.shared.handlers));
+                    pool.shared.endings.add([attempt.end(End::Released, &pool.shared.handlers)]);
                     given_back += 1;
                 }
             }
+            pool.shared.sticky.part_with_all(Parting::Drained);
             given_back
         }))
     }

@@ -9,6 +9,7 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use super::{Common, text};
+use crate::cursor::{Collapse, OnFailure, OnRetry};
 use crate::error::{Error, Fault, Result};
 use crate::job::{NewJob, parse};
 
@@ -21,7 +22,7 @@ pub(super) struct Enqueue {
     payload: Option<String>,
     /// Enqueue a file instead, a JSON object a line: {"kind": .., "payload": .., "queue": .., "priority": ..,
     /// "expected_at": .., "run_at": .., "delay": "5m", "max_attempts": .., "timeout": "30s", "cursor": ..,
-    /// "headers": {..}}. All of it or nothing
+    /// "on_retry": "pass", "on_failure": "halt", "headers": {..}}. All of it or nothing
     #[arg(long, value_name = "FILE", conflicts_with_all = ["kind", "payload"])]
     file: Option<PathBuf>,
     #[command(flatten)]
@@ -62,6 +63,19 @@ struct Options {
     /// The cursor: jobs of one cursor run one at a time, in order
     #[arg(long, value_name = "KEY")]
     cursor: Option<String>,
+    /// What the jobs behind it in its cursor do while it waits for its next attempt
+    #[arg(long, value_name = "WHAT")]
+    on_retry: Option<OnRetry>,
+    /// What its cursor does after it failed for good
+    #[arg(long, value_name = "WHAT")]
+    on_failure: Option<OnFailure>,
+    /// Unless a job of this queue, kind and collapse key (by default the cursor) waits: then print that
+    /// one's id, and keep, replace or merge its payload
+    #[arg(long, value_name = "HOW")]
+    collapse: Option<Collapse>,
+    /// What to collapse on instead of the cursor
+    #[arg(long, value_name = "KEY", requires = "collapse")]
+    collapse_key: Option<String>,
     /// A JSON object that travels along
     #[arg(long, value_name = "JSON", value_parser = text::<serde_json::Value>)]
     headers: Option<serde_json::Value>,
@@ -98,6 +112,18 @@ impl Options {
         if let Some(key) = self.cursor {
             job = job.cursor(key);
         }
+        if let Some(on_retry) = self.on_retry {
+            job = job.on_retry(on_retry);
+        }
+        if let Some(on_failure) = self.on_failure {
+            job = job.on_failure(on_failure);
+        }
+        if let Some(collapse) = self.collapse {
+            job = job.collapse(collapse);
+        }
+        if let Some(key) = self.collapse_key {
+            job = job.collapse_key(key);
+        }
         if let Some(headers) = &self.headers {
             job = job.headers(headers);
         }
@@ -124,7 +150,11 @@ impl Enqueue {
         }
         let job = self.job()?;
         let client = common.checked_client().await?;
-        println!("{}", client.enqueue(job).await?);
+        let enqueued = client.enqueue(job).await?;
+        if enqueued.collapsed {
+            eprintln!("collapsed into a job that waits already");
+        }
+        println!("{}", enqueued.id);
         Ok(())
     }
 

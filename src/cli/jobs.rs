@@ -75,11 +75,7 @@ impl Jobs {
                 if json {
                     return print_json(&job);
                 }
-                let serde_json::Value::Object(fields) = serde_json::to_value(&job)? else { return print_json(&job) };
-                for (name, value) in fields.iter().filter(|(_, value)| !value.is_null()) {
-                    println!("{name:16} {}", value.as_str().map_or_else(|| value.to_string(), str::to_owned));
-                }
-                Ok(())
+                super::print_fields(&job)
             }
         }
     }

@@ -1,5 +1,6 @@
 //! The command line. One file a subcommand; this one parses, finds the database and prints errors.
 
+mod cursors;
 mod dev;
 mod enqueue;
 mod jobs;
@@ -49,9 +50,16 @@ enum Command {
     /// Print the schema as a script for psql
     Schema,
     /// Enqueue jobs
-    Enqueue(enqueue::Enqueue),
+    Enqueue(Box<enqueue::Enqueue>),
     /// Look at jobs
     Jobs(jobs::Jobs),
+    /// Look at cursors, and mend what holds them up
+    Cursors(cursors::Cursors),
+    /// Say in one sentence why a job is not running
+    Why {
+        /// Its id
+        job: i64,
+    },
     /// Queues, nodes and what finished lately
     Status(status::Status),
 }
@@ -123,6 +131,11 @@ async fn run(cli: Cli) -> Result<()> {
         }
         Command::Enqueue(enqueue) => enqueue.run(&common).await,
         Command::Jobs(jobs) => jobs.run(&common).await,
+        Command::Cursors(cursors) => cursors.run(&common).await,
+        Command::Why { job } => {
+            println!("{}", common.checked_client().await?.store().why(job).await?);
+            Ok(())
+        }
         Command::Status(status) => status.run(&common).await,
     }
 }
@@ -140,6 +153,15 @@ fn start_logging(config: &Config) {
 /// Print a value as indented JSON.
 fn print_json(value: &impl serde::Serialize) -> Result<()> {
     println!("{}", serde_json::to_string_pretty(value)?);
+    Ok(())
+}
+
+/// Print the fields of a value that are set, a line each.
+fn print_fields(value: &impl serde::Serialize) -> Result<()> {
+    let serde_json::Value::Object(fields) = serde_json::to_value(value)? else { return print_json(value) };
+    for (name, value) in fields.iter().filter(|(_, value)| !value.is_null()) {
+        println!("{name:16} {}", value.as_str().map_or_else(|| value.to_string(), str::to_owned));
+    }
     Ok(())
 }
 

@@ -16,13 +16,13 @@ use std::time::Duration;
 
 use deadpool_postgres::{Object, Pool};
 use tokio_postgres::Client;
-use tokio_postgres::types::Type;
+use tokio_postgres::types::{ToSql, Type};
 
 pub use connect::Target;
 pub use migrate::{Migrated, VERSION, script};
 pub(crate) use queries::{Queries, quote};
-pub use read::{Filter, JobRow, LiveCount, NodeRow};
-pub use rows::{Claim, Claimed, ClaimedJob, Mark, Settlement};
+pub use read::{CursorFilter, CursorRow, CursorVerb, Filter, JobRow, LiveCount, NodeRow};
+pub use rows::{Claim, Claimed, ClaimedJob, ClaimedRun, EndedRun, Mark, Settlement};
 pub use tid::Tid;
 
 use crate::error::{Error, Result};
@@ -43,6 +43,17 @@ struct Inner {
     queries: Queries,
 }
 
+/// What a node says of itself with its lease.
+#[derive(Debug, Clone)]
+pub struct NodeInfo {
+    /// Its name, for people.
+    pub name: String,
+    /// The queues it serves.
+    pub queues: Vec<String>,
+    /// The kinds it handles.
+    pub kinds: Vec<String>,
+}
+
 /// What a heartbeat found.
 #[derive(Debug)]
 pub struct Extended {
@@ -52,6 +63,13 @@ pub struct Extended {
     pub open_claims: Vec<i64>,
     /// Running jobs that should be cancelled.
     pub cancelled: Vec<i64>,
+}
+
+/// What the last call of [`Store::move_horizon`] saw.
+#[derive(Debug, Clone, Default)]
+pub struct Horizon {
+    seen: Option<i64>,
+    writers: Vec<String>,
 }
 
 /// What a pass of the reaper did.
@@ -119,11 +137,21 @@ impl Store {
         migrate::require_primary(&connection).await
     }
 
-    /// Begin a lease of `ttl` for a node.
-    pub async fn begin_lease(&self, lease: i64, node: &str, ttl: Duration) -> Result<()> {
+    /// Begin a lease of `ttl` for a node that serves these queues and kinds.
+    pub async fn begin_lease(&self, lease: i64, node: &NodeInfo, ttl: Duration) -> Result<()> {
         self.call(async |c, q| {
             let ttl = ttl.as_secs_f64();
-            c.query_typed(&q.begin_lease, &[(&lease, Type::INT8), (&node, Type::TEXT), (&ttl, Type::FLOAT8)]).await
+            c.query_typed(
+                &q.begin_lease,
+                &[
+                    (&lease, Type::INT8),
+                    (&node.name, Type::TEXT),
+                    (&ttl, Type::FLOAT8),
+                    (&node.queues, Type::TEXT_ARRAY),
+                    (&node.kinds, Type::TEXT_ARRAY),
+                ],
+            )
+            .await
         })
         .await?;
         Ok(())
@@ -184,7 +212,7 @@ impl Store {
     }
 
     /// Record how attempts ended. Returns the ids that were refused: their lease was lost.
-    pub async fn settle(&self, ended: &[Settlement]) -> Result<Vec<i64>> {
+    pub async fn settle(&self, ended: &[EndedRun]) -> Result<Vec<i64>> {
         let columns = rows::Columns::of(ended);
         self.call(async |c, q| Ok(c.query_typed(&q.settle, &columns.params()).await?[0].get(0))).await
     }
@@ -195,6 +223,17 @@ impl Store {
             let row = c.query_typed(&q.promote, &[(&max_jobs, Type::INT4)]).await?;
             let due: Option<f64> = row[0].get(1);
             Ok((row[0].get(0), due.map(|ms| Duration::from_secs_f64(ms.clamp(0.0, 1e12) / 1000.0))))
+        })
+        .await
+    }
+
+    /// Move the id below which no insert can appear any more, past which cursors' mailboxes are read.
+    pub async fn move_horizon(&self, last: &Horizon) -> Result<Horizon> {
+        self.call(async |c, q| {
+            let params: [(&(dyn ToSql + Sync), Type); 2] =
+                [(&last.seen, Type::INT8), (&last.writers, Type::TEXT_ARRAY)];
+            let row = c.query_typed(&q.move_horizon, &params).await?;
+            Ok(Horizon { seen: row[0].get(0), writers: row[0].get(1) })
         })
         .await
     }

@@ -4,7 +4,7 @@ use jiff::Timestamp;
 use serde::Serialize;
 use serde_json::value::RawValue;
 use tokio_postgres::Row;
-use tokio_postgres::types::Type;
+use tokio_postgres::types::{ToSql, Type};
 
 use super::{Store, rows::json};
 use crate::error::Result;
@@ -79,26 +79,91 @@ pub struct NodeRow {
     pub claimed: i64,
 }
 
+/// Which cursors to list.
+#[derive(Debug, Clone)]
+pub struct CursorFilter {
+    /// Of this queue.
+    pub queue: String,
+    /// Only this one.
+    pub key: Option<String>,
+    /// Only in this status.
+    pub status: Option<String>,
+    /// At most so many, those with the most waiting jobs first.
+    pub limit: i64,
+}
+
+/// One cursor, as the view `all_cursors` shows it.
+#[derive(Debug, Serialize)]
+#[allow(missing_docs)]
+pub struct CursorRow {
+    pub queue: String,
+    pub key: String,
+    /// idle, owned, held or halted.
+    pub status: String,
+    pub state: Option<Box<RawValue>>,
+    pub version: i64,
+    /// The node that owns it.
+    pub owner: Option<String>,
+    /// The job that must run next, and when it will.
+    pub held_by: Option<i64>,
+    pub held_until: Option<Timestamp>,
+    pub halted_at: Option<Timestamp>,
+    /// The job whose failure halted it; none if an operator did.
+    pub halted_by: Option<i64>,
+    /// How many jobs wait in its mailbox, and since when the oldest could run.
+    pub waiting: i64,
+    pub waiting_since: Option<Timestamp>,
+}
+
+impl CursorRow {
+    /// Its status with what it comes from.
+    pub fn status_text(&self) -> String {
+        match (self.status.as_str(), &self.owner, self.held_by, self.halted_by) {
+            ("owned", Some(node), ..) => format!("owned by {node}"),
+            ("held", _, Some(job), _) => {
+                let until = self.held_until.map(|t| t.strftime(" until %F %T UTC").to_string()).unwrap_or_default();
+                format!("held by job {job}{until}")
+            }
+            ("halted", .., Some(job)) => format!("halted by job {job}"),
+            (status, ..) => status.to_owned(),
+        }
+    }
+}
+
+/// What an operator does to a cursor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CursorVerb {
+    /// Start no more of its jobs.
+    Halt,
+    /// Let it go on.
+    Resume,
+    /// Take it away from its owner; answers how many jobs went back.
+    Release,
+    /// Cancel the job that would run next; answers which.
+    Skip,
+    /// Forget it.
+    Delete,
+}
+
 impl JobRow {
     fn read(row: &Row) -> Self {
-        let raw = |column| json(row, column).and_then(|text: &str| RawValue::from_string(text.to_owned()).ok());
         JobRow {
             id: row.get("id"),
             queue: row.get("queue"),
             kind: row.get("kind"),
             state: row.get("state"),
-            payload: raw("payload"),
-            result: raw("result"),
+            payload: raw(row, "payload"),
+            result: raw(row, "result"),
             error: row.get("error"),
             attempt: row.get("attempt"),
             max_attempts: row.get("max_attempts"),
             priority: row.get("priority"),
             expected_at: row.get("expected_at"),
             timeout_ms: row.get("timeout_ms"),
-            headers: raw("headers"),
+            headers: raw(row, "headers"),
             losses: row.get("losses"),
             cursor_key: row.get("cursor_key"),
-            cursor_snapshot: raw("cursor_snapshot"),
+            cursor_snapshot: raw(row, "cursor_snapshot"),
             cursor_version: row.get("cursor_version"),
             created_at: row.get("created_at"),
             run_at: row.get("run_at"),
@@ -106,6 +171,11 @@ impl JobRow {
             finished_at: row.get("finished_at"),
         }
     }
+}
+
+/// A JSON column as the text it came with.
+fn raw(row: &Row, column: &str) -> Option<Box<RawValue>> {
+    json(row, column).and_then(|text| RawValue::from_string(text.to_owned()).ok())
 }
 
 impl Store {
@@ -132,6 +202,62 @@ impl Store {
             })
             .await?;
         Ok(rows.iter().map(JobRow::read).collect())
+    }
+
+    /// Cursors with what they wait for.
+    pub async fn cursors(&self, filter: &CursorFilter) -> Result<Vec<CursorRow>> {
+        let params: [(&(dyn ToSql + Sync), Type); 4] = [
+            (&filter.queue, Type::TEXT),
+            (&filter.key, Type::TEXT),
+            (&filter.status, Type::TEXT),
+            (&filter.limit, Type::INT8),
+        ];
+        let rows = self.call(async |c, q| c.query_typed(&q.cursors, &params).await).await?;
+        let read = |row: &Row| CursorRow {
+            queue: row.get("queue"),
+            key: row.get("key"),
+            status: row.get("status"),
+            state: raw(row, "state"),
+            version: row.get("version"),
+            owner: row.get("owner"),
+            held_by: row.get("held_by"),
+            held_until: row.get("held_until"),
+            halted_at: row.get("halted_at"),
+            halted_by: row.get("halted_by"),
+            waiting: row.get("waiting"),
+            waiting_since: row.get("waiting_since"),
+        };
+        Ok(rows.iter().map(read).collect())
+    }
+
+    /// What an operator does to a cursor; safe while its jobs run. Answers a job or a number of jobs.
+    pub async fn cursor(&self, verb: CursorVerb, queue: &str, key: &str) -> Result<Option<i64>> {
+        let params: [(&(dyn ToSql + Sync), Type); 2] = [(&queue, Type::TEXT), (&key, Type::TEXT)];
+        let rows = self
+            .call(async |c, q| {
+                let statement = match verb {
+                    CursorVerb::Halt => &q.halt_cursor,
+                    CursorVerb::Resume => &q.resume_cursor,
+                    CursorVerb::Release => &q.release_cursor,
+                    CursorVerb::Skip => &q.skip_cursor,
+                    CursorVerb::Delete => &q.delete_cursor,
+                };
+                c.query_typed(statement, &params).await
+            })
+            .await?;
+        Ok(rows[0].get(0))
+    }
+
+    /// Replace a cursor's state by JSON text; none takes it away.
+    pub async fn set_cursor_state(&self, queue: &str, key: &str, state: Option<&str>) -> Result<()> {
+        let params: [(&(dyn ToSql + Sync), Type); 3] = [(&queue, Type::TEXT), (&key, Type::TEXT), (&state, Type::TEXT)];
+        self.call(async |c, q| c.query_typed(&q.set_cursor_state, &params).await).await?;
+        Ok(())
+    }
+
+    /// One sentence on why a job is not running, or what became of it.
+    pub async fn why(&self, id: i64) -> Result<String> {
+        self.call(async |c, q| Ok(c.query_typed(&q.why, &[(&id, Type::INT8)]).await?[0].get(0))).await
     }
 
     /// Live jobs by queue and state. Reads the whole live table.

@@ -1,5 +1,6 @@
 //! Claims and settlements between Rust and the SQL protocol's rows and arrays.
 
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,6 +9,7 @@ use tokio_postgres::types::{FromSql, ToSql, Type};
 use tokio_util::sync::CancellationToken;
 
 use super::Tid;
+use crate::cursor::{Fold, OnFailure, OnRetry, OwnedCursor};
 use crate::job::Meta;
 use crate::lifecycle::Verdict;
 
@@ -42,8 +44,8 @@ pub struct Mark {
 /// What a claim brought.
 #[derive(Debug)]
 pub struct Claimed {
-    /// The jobs in the order in which they should start; jobs of one cursor stand together.
-    pub jobs: Vec<ClaimedJob>,
+    /// What should start, in order.
+    pub runs: Vec<ClaimedRun>,
     /// Where the next claim goes on reading.
     pub marks: Vec<Mark>,
     /// True if rows were seen that another transaction held.
@@ -52,15 +54,34 @@ pub struct Claimed {
     pub reading: Duration,
 }
 
+/// Consecutive jobs of one cursor, or one job without.
+#[derive(Debug)]
+pub struct ClaimedRun {
+    /// The cursor, owned until the run is settled.
+    pub cursor: Option<OwnedCursor>,
+    /// The jobs, in order.
+    pub jobs: VecDeque<ClaimedJob>,
+}
+
 /// A job as it comes out of the database.
 #[derive(Debug, Clone)]
 pub struct ClaimedJob {
-    pub(crate) meta: Meta,
-    pub(crate) payload: Box<str>,
-    pub(crate) tid: Tid,
-    pub(crate) token: i64,
-    pub(crate) timeout: Option<Duration>,
-    pub(crate) waited: Duration,
+    /// What its handler is told of it.
+    pub meta: Meta,
+    /// Its payload, JSON text.
+    pub payload: Box<str>,
+    /// Where its row is.
+    pub tid: Tid,
+    /// The claim's token.
+    pub token: i64,
+    /// How long an attempt may take, if the job says so.
+    pub timeout: Option<Duration>,
+    /// How long it was due when it was claimed.
+    pub waited: Duration,
+    /// What the jobs behind it do while it waits for its next attempt.
+    pub on_retry: OnRetry,
+    /// What its cursor does after it failed for good.
+    pub on_failure: OnFailure,
 }
 
 /// A JSON column as the text it came with.
@@ -87,51 +108,85 @@ pub(super) fn json<'a>(
 impl Claimed {
     pub(super) fn read(rows: &[Row], claim: &Claim<'_>) -> Self {
         let mut claimed = Claimed {
-            jobs: Vec::with_capacity(rows.len()),
+            runs: Vec::with_capacity(rows.len()),
             marks: Vec::new(),
             contended: false,
             reading: Duration::ZERO,
         };
+        let mut cursors: HashMap<Arc<str>, OwnedCursor> = HashMap::new();
         for row in rows {
-            let Some(id) = row.get::<_, Option<i64>>(3) else {
-                if let Some(priority) = row.get(0) {
-                    claimed.marks.push(Mark { priority, pos: row.get(1) });
+            let key: Option<&str> = row.get(14);
+            match (row.get::<_, Option<i64>>(3), key) {
+                (None, None) => {
+                    if let Some(priority) = row.get(0) {
+                        claimed.marks.push(Mark { priority, pos: row.get(1) });
+                    }
+                    claimed.contended |= row.get::<_, bool>(2);
+                    let reading = row.get::<_, Option<f64>>(11).unwrap_or_default();
+                    claimed.reading = Duration::from_secs_f64(reading.max(0.0) / 1000.0);
                 }
-                claimed.contended |= row.get::<_, bool>(2);
-                let reading = row.get::<_, Option<f64>>(11).unwrap_or_default();
-                claimed.reading = Duration::from_secs_f64(reading.max(0.0) / 1000.0);
-                continue;
-            };
-            let kind: &str = row.get(5);
-            claimed.jobs.push(ClaimedJob {
-                meta: Meta {
-                    id,
-                    // The node asked for these kinds: share its strings.
-                    kind: claim.kinds.iter().find(|k| ***k == *kind).map_or_else(|| kind.into(), Arc::clone),
-                    queue: Arc::clone(claim.queue),
-                    attempt: row.get::<_, i16>(7) as u16,
-                    max_attempts: row.get::<_, i16>(8) as u16,
-                    headers: json(row, 10).map(Arc::from),
-                    cursor_key: row.get::<_, Option<&str>>(12).map(Arc::from),
-                    cursor_state: json(row, 13).map(Arc::from),
-                    cancelled: CancellationToken::new(),
+                (None, Some(key)) => {
+                    let key: Arc<str> = key.into();
+                    let state = json(row, 15).map(Arc::from);
+                    let cursor = OwnedCursor { key: Arc::clone(&key), state, version: row.get(16), turn: row.get(17) };
+                    cursors.insert(key, cursor);
+                }
+                (Some(id), key) => match (claimed.runs.last_mut(), key) {
+                    (Some(ClaimedRun { cursor: Some(cursor), jobs }), Some(key)) if *cursor.key == *key => {
+                        let key = Arc::clone(&cursor.key);
+                        jobs.push_back(job(row, id, Some(key), claim));
+                    }
+                    (_, key) => {
+                        // Every key has its cursor among the rows; and comes once, its jobs together.
+                        let cursor = key.and_then(|key| cursors.remove(key));
+                        let key = cursor.as_ref().map(|cursor| Arc::clone(&cursor.key));
+                        claimed.runs.push(ClaimedRun { cursor, jobs: VecDeque::from([job(row, id, key, claim)]) });
+                    }
                 },
-                payload: json(row, 6).unwrap_or("null").into(),
-                tid: row.get(4),
-                token: claim.token,
-                timeout: row.get::<_, Option<i64>>(9).map(|ms| Duration::from_millis(ms.max(1) as u64)),
-                waited: Duration::from_secs_f64(row.get::<_, f64>(11).max(0.0) / 1000.0),
-            });
+            }
         }
         claimed
     }
+
+    /// How many jobs it brought.
+    pub fn jobs(&self) -> usize {
+        self.runs.iter().map(|run| run.jobs.len()).sum()
+    }
 }
 
-/// How one attempt ended, ready to be written.
-#[derive(Debug)]
+fn job(row: &Row, id: i64, cursor_key: Option<Arc<str>>, claim: &Claim<'_>) -> ClaimedJob {
+    let kind: &str = row.get(5);
+    ClaimedJob {
+        meta: Meta {
+            id,
+            // The node asked for these kinds: share its strings.
+            kind: claim.kinds.iter().find(|k| ***k == *kind).map_or_else(|| kind.into(), Arc::clone),
+            queue: Arc::clone(claim.queue),
+            attempt: row.get::<_, i16>(7) as u16,
+            max_attempts: row.get::<_, i16>(8) as u16,
+            headers: json(row, 10).map(Arc::from),
+            cursor_key,
+            cursor_state: None,
+            cursor_version: None,
+            cancelled: CancellationToken::new(),
+        },
+        payload: json(row, 6).unwrap_or("null").into(),
+        tid: row.get(4),
+        token: claim.token,
+        timeout: row.get::<_, Option<i64>>(9).map(|ms| Duration::from_millis(ms.max(1) as u64)),
+        waited: Duration::from_secs_f64(row.get::<_, f64>(11).max(0.0) / 1000.0),
+        on_retry: if row.get(12) { OnRetry::Pass } else { OnRetry::Hold },
+        on_failure: if row.get(13) { OnFailure::Halt } else { OnFailure::Continue },
+    }
+}
+
+/// How one attempt ended.
+#[derive(Debug, Clone)]
 pub struct Settlement {
     /// The job's id.
     pub id: i64,
+    /// Its kind.
+    pub kind: Arc<str>,
     /// The token it was claimed under.
     pub token: i64,
     /// Where its row was.
@@ -140,13 +195,26 @@ pub struct Settlement {
     pub verdict: Verdict,
     /// When its attempt started, on this machine's clock.
     pub started: std::time::Instant,
-    /// Whether the job belongs to a cursor.
-    pub in_cursor: bool,
+    /// How long it ran; none if it was not made.
+    pub ran: Option<Duration>,
     /// The cursor's state that it began with.
     pub snapshot: Option<Arc<str>>,
+    /// The cursor's version that it produced.
+    pub version: Option<i64>,
 }
 
-/// The same as parallel arrays.
+/// How a run ended, ready to be written: a run is settled whole.
+#[derive(Debug, Clone)]
+pub struct EndedRun {
+    /// Its queue.
+    pub queue: Arc<str>,
+    /// What it made of its cursor.
+    pub cursor: Option<Fold>,
+    /// Its jobs, in order.
+    pub jobs: Vec<Settlement>,
+}
+
+/// The same as parallel arrays: first with an entry a job, then with an entry a run of a cursor.
 #[derive(Default)]
 pub(super) struct Columns<'a> {
     tids: Vec<Tid>,
@@ -158,28 +226,48 @@ pub(super) struct Columns<'a> {
     delays_ms: Vec<Option<f64>>,
     ages_ms: Vec<f64>,
     snapshots: Vec<Option<&'a str>>,
-    new_states: Vec<Option<&'a str>>,
+    versions: Vec<Option<i64>>,
+    run_queues: Vec<&'a str>,
+    run_keys: Vec<&'a str>,
+    run_tokens: Vec<i64>,
+    run_versions: Vec<i64>,
+    run_new_versions: Vec<i64>,
+    run_states: Vec<Option<&'a str>>,
+    run_holds: Vec<Option<i64>>,
+    run_whole: Vec<bool>,
 }
 
 impl<'a> Columns<'a> {
-    pub(super) fn of(ended: &'a [Settlement]) -> Self {
+    pub(super) fn of(ended: &'a [EndedRun]) -> Self {
         let mut columns = Columns::default();
-        for end in ended {
-            columns.tids.push(end.tid);
-            columns.ids.push(end.id);
-            columns.tokens.push(end.token);
-            columns.outcomes.push(end.verdict.outcome.as_str());
-            columns.results.push(end.verdict.result.as_deref());
-            columns.errors.push(end.verdict.error.as_deref());
-            columns.delays_ms.push(end.verdict.delay.map(|d| d.as_secs_f64() * 1000.0));
-            columns.ages_ms.push(end.started.elapsed().as_secs_f64() * 1000.0);
-            columns.snapshots.push(end.snapshot.as_deref());
-            columns.new_states.push(end.verdict.state.as_deref());
+        for run in ended {
+            for end in &run.jobs {
+                columns.tids.push(end.tid);
+                columns.ids.push(end.id);
+                columns.tokens.push(end.token);
+                columns.outcomes.push(end.verdict.outcome.as_str());
+                columns.results.push(end.verdict.result.as_deref());
+                columns.errors.push(end.verdict.error.as_deref());
+                columns.delays_ms.push(end.verdict.delay.map(|d| d.as_secs_f64() * 1000.0));
+                columns.ages_ms.push(end.started.elapsed().as_secs_f64() * 1000.0);
+                columns.snapshots.push(end.snapshot.as_deref());
+                columns.versions.push(end.version);
+            }
+            if let (Some(fold), Some(first)) = (&run.cursor, run.jobs.first()) {
+                columns.run_queues.push(&run.queue);
+                columns.run_keys.push(&fold.cursor.key);
+                columns.run_tokens.push(first.token);
+                columns.run_versions.push(fold.cursor.version);
+                columns.run_new_versions.push(fold.version);
+                columns.run_states.push(fold.state.as_deref());
+                columns.run_holds.push(fold.hold);
+                columns.run_whole.push(fold.whole);
+            }
         }
         columns
     }
 
-    pub(super) fn params(&self) -> [(&(dyn ToSql + Sync), Type); 10] {
+    pub(super) fn params(&self) -> [(&(dyn ToSql + Sync), Type); 18] {
         [
             (&self.tids, Type::TID_ARRAY),
             (&self.ids, Type::INT8_ARRAY),
@@ -190,7 +278,15 @@ impl<'a> Columns<'a> {
             (&self.delays_ms, Type::FLOAT8_ARRAY),
             (&self.ages_ms, Type::FLOAT8_ARRAY),
             (&self.snapshots, Type::TEXT_ARRAY),
-            (&self.new_states, Type::TEXT_ARRAY),
+            (&self.versions, Type::INT8_ARRAY),
+            (&self.run_queues, Type::TEXT_ARRAY),
+            (&self.run_keys, Type::TEXT_ARRAY),
+            (&self.run_tokens, Type::INT8_ARRAY),
+            (&self.run_versions, Type::INT8_ARRAY),
+            (&self.run_new_versions, Type::INT8_ARRAY),
+            (&self.run_states, Type::TEXT_ARRAY),
+            (&self.run_holds, Type::INT8_ARRAY),
+            (&self.run_whole, Type::BOOL_ARRAY),
         ]
     }
 }

@@ -112,7 +112,7 @@ async fn a_crash_of_the_server_under_load_loses_nothing() {
         .unwrap();
     assert_eq!((row.get::<_, i64>(0), row.get::<_, i64>(1)), (n, n));
     // Still listening: a new job is not left to a tick.
-    let id = db.client.enqueue(NewJob::new("noop", "1")).await.unwrap();
+    let id = db.client.enqueue(NewJob::new("noop", "1")).await.unwrap().id;
     db.reaches(id, "completed").await;
     node.drain().await.unwrap();
     drop(server);
@@ -128,14 +128,14 @@ async fn sigterm_drains_and_the_exit_code_tells() {
         tokio::time::sleep(Duration::from_millis(500)).await;
     };
     let child = node(&db);
-    let id = sleep(1500).await.unwrap();
+    let id = sleep(1500).await.unwrap().id;
     started(id).await;
     assert_eq!(stop(child).await.code(), Some(0));
     assert_eq!(db.job(id).await.state, "completed");
 
     let mut command = pgcue(&db.url);
     let child = command.env("PGCUE_GRACE", "100ms").args(["run", "--demo"]).stderr(Stdio::null()).spawn().unwrap();
-    let id = sleep(60_000).await.unwrap();
+    let id = sleep(60_000).await.unwrap().id;
     started(id).await;
     assert_eq!(stop(child).await.code(), Some(1));
     let job = db.job(id).await;

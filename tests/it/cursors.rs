@@ -49,7 +49,7 @@ async fn a_retrying_job_holds_its_cursor_and_others_do_not_wait() {
     .await
     .unwrap();
     // The job of greater priority goes first, then the failing one holds the cursor until it is done.
-    let late = db.client.enqueue(append(2, "a")).await.unwrap();
+    let late = db.client.enqueue(append(2, "a")).await.unwrap().id;
     db.reaches(3, "completed").await;
     let failing = db.reaches(1, "completed").await;
     let late = db.reaches(late, "completed").await;
@@ -67,8 +67,8 @@ async fn failure_keeps_the_state_and_the_cursor_goes_on() {
     let db = database().await;
     let node = db.demo_node().await.start().await.unwrap();
     db.client.enqueue(append(1, "a")).await.unwrap();
-    let bad = db.client.enqueue(NewJob::new("panic", "1").max_attempts(1).cursor("a")).await.unwrap();
-    let last = db.client.enqueue(append(2, "a")).await.unwrap();
+    let bad = db.client.enqueue(NewJob::new("panic", "1").max_attempts(1).cursor("a")).await.unwrap().id;
+    let last = db.client.enqueue(append(2, "a")).await.unwrap().id;
     db.reaches(bad, "failed").await;
     let last = db.reaches(last, "completed").await;
     assert_eq!(last.result.unwrap().get(), "2");
@@ -103,9 +103,9 @@ async fn a_retry_without_delay_does_not_strand_its_cursor() {
     for outcome in ["retry", "snooze"] {
         let ids = db.client.enqueue_many([append(1, outcome), append(2, outcome)]).await.unwrap();
         for (id, end) in [
-            (ids[0], format!("'{outcome}', delay => '0'")),
-            (ids[0], "'completed'".into()),
-            (ids[1], "'completed'".into()),
+            (ids[0].id, format!("'{outcome}', delay => '0'")),
+            (ids[0].id, "'completed'".into()),
+            (ids[1].id, "'completed'".into()),
         ] {
             let row = sql.query_one("select id, token from claim()", &[]).await.unwrap();
             assert_eq!(row.get::<_, i64>(0), id, "{outcome}: the held job comes first");

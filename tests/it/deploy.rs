@@ -35,8 +35,8 @@ async fn the_dashboard_shows_what_a_running_node_serves() {
     let db = database().await;
     let config = Config { demo: true, http: Some("127.0.0.1:0".into()), ..db.config() };
     let node = Node::new(config).await.unwrap().start().await.unwrap();
-    let done = db.client.enqueue(NewJob::new("noop", "1")).await.unwrap();
-    let panics = db.client.enqueue(NewJob::new("panic", "1").max_attempts(1)).await.unwrap();
+    let done = db.client.enqueue(NewJob::new("noop", "1")).await.unwrap().id;
+    let panics = db.client.enqueue(NewJob::new("panic", "1").max_attempts(1)).await.unwrap().id;
     db.client.enqueue(NewJob::new("foreign", "1")).await.unwrap();
     db.reaches(done, "completed").await;
     db.reaches(panics, "failed").await;

@@ -22,10 +22,10 @@ async fn every_option_arrives_by_each_way() {
             .cursor("key\t1")
             .headers(&serde_json::json!({"trace": "x"}))
     };
-    let one = db.client.enqueue(job()).await.unwrap();
+    let one = db.client.enqueue(job()).await.unwrap().id;
     let many = db.client.enqueue_many([job(), job()]).await.unwrap();
     assert_eq!(db.client.copy([Ok(job())]).await.unwrap(), 1);
-    assert_eq!(many, [one + 1, one + 2]);
+    assert_eq!(many.iter().map(|e| e.id).collect::<Vec<_>>(), [one + 1, one + 2]);
     for id in one..one + 4 {
         let job = db.job(id).await;
         assert_eq!(job.payload.unwrap().get(), payload, "the text is kept");
@@ -56,10 +56,10 @@ async fn a_job_exists_if_and_only_if_its_transaction_commits() {
     let job = || NewJob::new("noop", "1");
     let mut plain = connect(&db.url).await;
     let tx = plain.transaction().await.unwrap();
-    let gone = db.client.within(&tx).enqueue(job()).await.unwrap();
+    let gone = db.client.within(&tx).enqueue(job()).await.unwrap().id;
     tx.rollback().await.unwrap();
     let tx = plain.transaction().await.unwrap();
-    let kept = db.client.within(&tx).enqueue(job()).await.unwrap();
+    let kept = db.client.within(&tx).enqueue(job()).await.unwrap().id;
     tx.commit().await.unwrap();
     db.client.within(&plain).enqueue(job()).await.unwrap();
     let mut pooled = db.store.connection().await.unwrap();

@@ -87,13 +87,13 @@ async fn one_slot(db: &Db) -> (pgcue::Running, Arc<AtomicU32>) {
 async fn a_panic_costs_one_attempt_and_the_slot_is_rebuilt_from_its_factory() {
     let db = database().await;
     let (node, built) = one_slot(&db).await;
-    let first = db.client.enqueue(Mood::Fine).await.unwrap();
-    let bad = db.client.enqueue(Mood::Panic.job().max_attempts(2)).await.unwrap();
+    let first = db.client.enqueue(Mood::Fine).await.unwrap().id;
+    let bad = db.client.enqueue(Mood::Panic.job().max_attempts(2)).await.unwrap().id;
     let job = db.reaches(bad, "failed").await;
     assert_eq!((job.attempt, job.max_attempts), (2, 2));
     let error = job.error.unwrap();
     assert!(error.starts_with("panicked: no mood at tests/it/handlers.rs:"), "{error}");
-    let after = db.client.enqueue(Mood::Fine).await.unwrap();
+    let after = db.client.enqueue(Mood::Fine).await.unwrap().id;
     assert_eq!(db.reaches(first, "completed").await.result.unwrap().get(), "1");
     assert_eq!(db.reaches(after, "completed").await.result.unwrap().get(), "1", "a new actor counts anew");
     assert_eq!(built.load(Ordering::SeqCst), 3, "once, and once after each panic");
@@ -105,13 +105,13 @@ async fn a_handler_that_never_returns_or_blocks_its_thread_gives_its_slot_back()
     let db = database().await;
     let (node, built) = one_slot(&db).await;
     let limited = |mood: Mood| mood.job().timeout(Duration::from_millis(100)).max_attempts(1);
-    let never = db.client.enqueue(limited(Mood::Never)).await.unwrap();
+    let never = db.client.enqueue(limited(Mood::Never)).await.unwrap().id;
     let job = db.reaches(never, "failed").await;
     assert_eq!(job.error.as_deref(), Some("timed out after 100ms"));
-    let blocks = db.client.enqueue(limited(Mood::Block(60_000))).await.unwrap();
+    let blocks = db.client.enqueue(limited(Mood::Block(60_000))).await.unwrap().id;
     let job = db.reaches(blocks, "failed").await;
     assert!(job.error.unwrap().starts_with("blocked its thread beyond its timeout of 100ms"));
-    let after = db.client.enqueue(Mood::Fine).await.unwrap();
+    let after = db.client.enqueue(Mood::Fine).await.unwrap().id;
     db.reaches(after, "completed").await;
     assert_eq!(built.load(Ordering::SeqCst), 3);
     node.drain().await.unwrap();
@@ -127,8 +127,8 @@ async fn neighbours_of_unruly_handlers_are_undisturbed() {
     }
     let begin = Instant::now();
     let ids = db.client.enqueue_many((0..500).map(|_| Mood::Fine)).await.unwrap();
-    for id in ids {
-        db.reaches(id, "completed").await;
+    for job in ids {
+        db.reaches(job.id, "completed").await;
     }
     assert!(begin.elapsed() < Duration::from_secs(15), "took {:?}", begin.elapsed());
 }
@@ -137,16 +137,16 @@ async fn neighbours_of_unruly_handlers_are_undisturbed() {
 async fn outcomes_become_states() {
     let db = database().await;
     let (node, _) = one_slot(&db).await;
-    let cancelled = db.client.enqueue(Mood::Cancel).await.unwrap();
-    let failed = db.client.enqueue(Mood::Fail).await.unwrap();
-    let errs = db.client.enqueue(Mood::Error("a\0b".into()).job().max_attempts(3)).await.unwrap();
+    let cancelled = db.client.enqueue(Mood::Cancel).await.unwrap().id;
+    let failed = db.client.enqueue(Mood::Fail).await.unwrap().id;
+    let errs = db.client.enqueue(Mood::Error("a\0b".into()).job().max_attempts(3)).await.unwrap().id;
     assert_eq!(db.reaches(cancelled, "cancelled").await.error.as_deref(), Some("not wanted"));
     let job = db.reaches(failed, "failed").await;
     assert_eq!((job.attempt, job.error.as_deref()), (1, Some("hopeless")));
     let job = db.reaches(errs, "failed").await;
     assert_eq!((job.attempt, job.error.as_deref()), (3, Some("a\u{fffd}b")));
     let snoozes =
-        db.client.enqueue(Mood::SnoozeOnce.job().headers(&serde_json::json!({"snooze": true}))).await.unwrap();
+        db.client.enqueue(Mood::SnoozeOnce.job().headers(&serde_json::json!({"snooze": true}))).await.unwrap().id;
     eventually("snoozed without losing attempts", Duration::from_secs(20), || async {
         let job = db.job(snoozes).await;
         job.attempt == 0 && job.state == "scheduled"
@@ -160,7 +160,7 @@ async fn outcomes_become_states() {
 async fn cancelling_a_running_job_tells_its_handler_and_ends_it() {
     let db = database().await;
     let (node, _) = one_slot(&db).await;
-    let id = db.client.enqueue(Mood::WaitForCancel).await.unwrap();
+    let id = db.client.enqueue(Mood::WaitForCancel).await.unwrap().id;
     db.reaches(id, "running").await;
     assert_eq!(db.store.cancel(id).await.unwrap().as_deref(), Some("requested"));
     let job = db.reaches(id, "cancelled").await;
@@ -175,7 +175,7 @@ async fn draining_gives_back_what_outlives_the_grace_period_uncounted() {
     let config = Config { grace: Duration::from_millis(300), demo: true, ..db.config() };
     let node = Node::new(config).await.unwrap().start().await.unwrap();
     let enqueue =
-        async |ms: u64| db.client.enqueue(pgcue::NewJob::new("sleep", format!("{{\"ms\":{ms}}}"))).await.unwrap();
+        async |ms: u64| db.client.enqueue(pgcue::NewJob::new("sleep", format!("{{\"ms\":{ms}}}"))).await.unwrap().id;
     let (short, long) = (enqueue(150).await, enqueue(60_000).await);
     eventually("both run", Duration::from_secs(20), || async {
         node.observe().await.iter().any(|(name, pool)| name == "pool default" && pool.load == 2)
@@ -193,7 +193,7 @@ async fn draining_gives_back_what_outlives_the_grace_period_uncounted() {
 async fn a_payload_that_does_not_fit_fails_with_its_path() {
     let db = database().await;
     let (node, _) = one_slot(&db).await;
-    let id = db.client.enqueue(pgcue::NewJob::new("mood", r#"{"Block":"soon"}"#)).await.unwrap();
+    let id = db.client.enqueue(pgcue::NewJob::new("mood", r#"{"Block":"soon"}"#)).await.unwrap().id;
     let job = db.reaches(id, "failed").await;
     let error = job.error.unwrap();
     assert!(error.starts_with("payload does not fit the task: Block: invalid type: string"), "{error}");

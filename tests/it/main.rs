@@ -8,7 +8,7 @@ mod deploy;
 mod enqueue;
 mod examples;
 mod handlers;
+mod model;
 mod protocol;
-mod random_walk;
 mod support;
 mod wakeups;

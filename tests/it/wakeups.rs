@@ -66,11 +66,11 @@ async fn two_sleeping_nodes_wake_however_a_job_becomes_claimable() {
                 db.client.copy([Ok(NewJob::new("noop", "1"))]).await.unwrap();
                 id(sql.query_one("select max(id) from all_jobs", &[]).await.unwrap())
             }
-            "rust" => db.client.enqueue(NewJob::new("noop", "1")).await.unwrap(),
+            "rust" => db.client.enqueue(NewJob::new("noop", "1")).await.unwrap().id,
             "rust transaction" => {
                 let mut connection = db.sql().await;
                 let tx = connection.transaction().await.unwrap();
-                let job = db.client.within(&tx).enqueue(NewJob::new("noop", "1")).await.unwrap();
+                let job = db.client.within(&tx).enqueue(NewJob::new("noop", "1")).await.unwrap().id;
                 tokio::time::sleep(Duration::from_millis(50)).await;
                 due = Instant::now();
                 tx.commit().await.unwrap();
@@ -78,7 +78,7 @@ async fn two_sleeping_nodes_wake_however_a_job_becomes_claimable() {
             }
             "delayed" => {
                 let delay = Duration::from_millis(300);
-                let job = db.client.enqueue(NewJob::new("noop", "1").delay(delay)).await.unwrap();
+                let job = db.client.enqueue(NewJob::new("noop", "1").delay(delay)).await.unwrap().id;
                 due += delay;
                 job
             }
@@ -161,7 +161,7 @@ async fn the_other_node_takes_the_post_when_the_sentry_leaves() {
     })
     .await;
     asleep(&[&other]).await;
-    let job = db.client.enqueue(NewJob::new("noop", "1")).await.unwrap();
+    let job = db.client.enqueue(NewJob::new("noop", "1")).await.unwrap().id;
     db.reaches(job, "completed").await;
     other.drain().await.unwrap();
 }
@@ -195,7 +195,7 @@ async fn without_a_listener_everything_works_later() {
     let node = Node::new(config).await.unwrap().start().await.unwrap();
     for delay in [0, 100] {
         let job = NewJob::new("noop", "1").delay(Duration::from_millis(delay));
-        let id = db.client.enqueue(job).await.unwrap();
+        let id = db.client.enqueue(job).await.unwrap().id;
         db.reaches(id, "completed").await;
     }
     node.drain().await.unwrap();

@@ -13,6 +13,21 @@ create or replace view all_jobs as
     f.cursor_key, f.cursor_snapshot, f.cursor_version, f.created_at, f.run_at, f.started_at, f.finished_at
   from finished_jobs f;
 
+create or replace view all_cursors as
+  select c.queue, c.key,
+    case when c.halted_at is not null then 'halted' when c.owner is not null then 'owned'
+      when c.hold is not null then 'held' else 'idle' end as status,
+    c.state, c.version, l.node as owner, c.hold as held_by, h.run_at as held_until, c.halted_at, c.halted_by,
+    w.jobs as waiting, w.since as waiting_since
+  from cursors c
+  left join claims k on k.token = c.owner
+  left join leases l on l.id = k.lease
+  left join jobs h on h.id = c.hold
+  cross join lateral (
+    select count(*) as jobs, min(greatest(j.run_at, j.created_at)) as since from jobs j
+    where j.queue = c.queue and j.cursor_key = c.key and j.stage <> 'scheduled' and j.token is null
+  ) w;
+
 -- Nothing is public: grant what each role needs.
 do $$ begin
   execute format('revoke all on all functions in schema %I from public', current_schema());

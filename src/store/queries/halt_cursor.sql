@@ -1,0 +1,1 @@
+select null::bigint from pgcue.halt_cursor($1, $2)

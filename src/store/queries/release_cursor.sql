@@ -1,0 +1,1 @@
+select pgcue.release_cursor($1, $2)::bigint

@@ -1,0 +1,1 @@
+select null::bigint from pgcue.resume_cursor($1, $2)

@@ -1,0 +1,1 @@
+select pgcue.skip_cursor($1, $2)

@@ -1,0 +1,1 @@
+select pgcue.why($1)
