@@ -36,7 +36,7 @@ pub struct Config {
     pub connections: usize,
     /// Keep a sticky actor at most this long after its cursor's last job.
     pub sticky_idle: Duration,
-    /// At most so many jobs of one cursor run in a row; four times as many when few cursors have jobs.
+    /// At most so many jobs of one cursor run in a row, if many cursors have jobs.
     pub run_length: usize,
     /// Enqueue no larger payload, in bytes.
     pub max_payload: usize,

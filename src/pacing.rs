@@ -52,6 +52,11 @@ impl<M: Clone + Default> Marks<M> {
         Marks { last: M::default(), recent: M::default(), older: M::default(), turned: now, at_end: false }
     }
 
+    /// How far claims have read.
+    pub fn last(&self) -> &M {
+        &self.last
+    }
+
     /// Where the next claim reads on.
     pub fn next(&self) -> M {
         if self.at_end { self.older.clone() } else { self.last.clone() }
@@ -69,25 +74,37 @@ impl<M: Clone + Default> Marks<M> {
 }
 
 /// When a claim reads the line from its start. Watermarks skip what became claimable behind them (a
-/// late commit, a claim that rolled back, a row that was locked); such a full pass finds it.
+/// late commit, a claim that rolled back, a row that was locked); such a full pass finds it. It is made
+/// in slices: one claim each, going on where the last one ended.
 #[derive(Debug)]
-pub struct FullPasses {
+pub struct FullPasses<M> {
     due: Instant,
     ended: Instant,
+    from: M,
 }
 
-impl FullPasses {
+impl<M: Clone + Default> FullPasses<M> {
     /// The first full pass is due at once.
     pub fn new(now: Instant) -> Self {
-        FullPasses { due: now, ended: now }
+        FullPasses { due: now, ended: now, from: M::default() }
     }
 
-    /// True if the next claim must begin at the start of the line.
+    /// Where the next slice begins.
+    pub fn from(&self) -> M {
+        self.from.clone()
+    }
+
+    /// A slice ended there; the next pass begins at the start if this one came to its end.
+    pub fn sliced(&mut self, until: M, ended: bool) {
+        self.from = if ended { M::default() } else { until };
+    }
+
+    /// True if the next claim must be a slice of a full pass.
     pub fn is_due(&self, now: Instant) -> bool {
         now >= self.due
     }
 
-    /// A claim that began at the start took this long.
+    /// A slice took this long.
     pub fn made(&mut self, now: Instant, took: Duration) {
         self.ended = now;
         self.due = now + (took * FULL_PASS_SHARE).max(FULL_PASS_EVERY);
@@ -153,7 +170,7 @@ mod tests {
     fn full_passes_take_a_twentieth_of_the_time() {
         let start = Instant::now();
         let ms = Duration::from_millis;
-        let mut passes = FullPasses::new(start);
+        let mut passes = FullPasses::<()>::new(start);
         assert!(passes.is_due(start));
         passes.made(start, ms(100));
         assert!(!passes.is_due(start + ms(1999)));

@@ -89,10 +89,12 @@ end $$;
 -- a row for each lane that was read: where the next claim goes on reading it (a hint; without marks a
 -- lane is read from its start), whether rows were seen that another transaction held (look again soon),
 -- and in waited_ms how long all the reading took. Then, with no id, each cursor that is owned now. Then
--- the jobs in the order in which they should start; those of one cursor stand together and are one run.
+-- the jobs in the order in which they should start; those of one cursor stand together and are one run of
+-- up to run_length jobs, or up to longest_run when few cursors share the claim. Of the rows of busy
+-- cursors that stand in the way, to_park are parked; the rest is read past.
 create or replace function claim_lanes(
   lease bigint, token bigint, queue text, kinds text[], max_jobs int, run_length int,
-  lanes smallint[], marks bigint[]
+  lanes smallint[], marks bigint[], longest_run int default null, to_park int default 1000
 ) returns table (
   priority smallint, mark bigint, contended boolean,
   id bigint, tid tid, kind text, payload json, attempt smallint, max_attempts smallint, timeout_ms bigint,
@@ -110,8 +112,7 @@ declare
   ids bigint[];
   line_lanes smallint[];
   line_marks bigint[];
-  -- Rows of busy cursors are parked by full passes, a batch at a time; others just read on behind them.
-  to_park int := case when claim_lanes.lanes = '{}' then 1000 else 0 end;
+  may_park int := claim_lanes.to_park;
 begin
   perform require_read_committed();
   -- The lease first: the reaper locks it before it touches jobs, so no claim ends leased to nobody.
@@ -126,7 +127,7 @@ begin
 
   line_lanes := claim_lanes.lanes;
   line_marks := claim_lanes.marks;
-  for again in 1 .. 50 loop
+  for again in 1 .. 10 loop
     line := read_line(claim_lanes.lease, claim_lanes.queue, claim_lanes.kinds, claim_lanes.max_jobs, cutoff,
       line_lanes, line_marks);
     -- Plain rows are locked only now: another claimer may have been faster. The nested loops over unnest,
@@ -140,11 +141,12 @@ begin
     select coalesce(array_agg(l.tid), '{}'), array_agg(l.id) into chosen, ids from locked l;
     contended := cardinality(chosen) < cardinality(array_positions(line.keys, null));
 
-    select null::tid[] as tids, null::bigint[] as ids, null::text[] as owned, null::text[] as no_room into runs;
+    select null::tid[] as tids, null::bigint[] as ids, null::text[] as owned, null::int as left_at into runs;
     exit when cardinality(array_remove(line.keys, null)) = 0;
     runs := own_cursors(claim_lanes.token, claim_lanes.queue, claim_lanes.kinds, cutoff, line.tids, line.keys,
-      line.suspect > 0, claim_lanes.max_jobs - cardinality(chosen), claim_lanes.run_length, to_park);
-    to_park := runs.to_park;
+      line.suspect > 0, claim_lanes.max_jobs - cardinality(chosen), claim_lanes.run_length,
+      coalesce(claim_lanes.longest_run, claim_lanes.run_length), may_park);
+    may_park := runs.to_park;
     contended := contended or runs.contended;
     chosen := chosen || runs.tids;
     ids := ids || runs.ids;
@@ -152,13 +154,15 @@ begin
     exit when cardinality(chosen) > 0 or line.lanes is null;
     line_lanes := line.lanes;
     line_marks := line.marks;
+    contended := contended or again = 10;
   end loop;
 
   return query
-    select l.lane, least(l.mark, (
-        -- A free cursor that found no room: its lane's mark must not pass it.
-        select min(c.pos) - 1 from unnest(line.keys, line.at_lane, line.at_pos) c(key, lane, pos)
-        where c.lane = l.lane and (c.key in (select unnest(runs.no_room))) is true)),
+    select l.lane,
+      -- Marks must not pass a cursor that found no room.
+      case when runs.left_at is null or l.lane > line.at_lane[runs.left_at] then l.mark
+        when l.lane = line.at_lane[runs.left_at] and line.at_pos[runs.left_at] is not null then line.at_pos[runs.left_at] - 1
+        else coalesce(line_marks[array_position(line_lanes, l.lane)], 0) end,
       contended, null::bigint, null::tid, null::text, null::json, null::smallint, null::smallint, null::bigint,
       null::json, line.took_ms, null::on_retry, null::on_failure, null::text, null::json, null::bigint, null::bigint
     -- A claim of a suspect reads no lane, and has one row to say if it was contended.

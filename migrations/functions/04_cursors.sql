@@ -8,26 +8,24 @@
 -- The first claimable jobs of free cursors, as runs: what a claim does with candidates that have a cursor.
 -- A run follows the order of the mailbox and ends before a kind that the claimer lacks and before a row
 -- that another transaction holds. Suspects are left to claims of a suspect, which take only the head.
--- When few cursors are met, runs may be four times as long. Cursors are evaluated one by one until there
--- is no room, so that no more rows are locked than needed. rest: cursors that were met and gave nothing.
+-- A run has up to run_length jobs; up to longest_run, when few cursors share the room. Cursors are evaluated one by one until there
+-- is no room, so that no more rows are locked than needed: no_room. rest: what was met and gave nothing.
 create or replace function take_runs(
   token bigint, queue text, kinds text[], cutoff timestamptz, keys text[], suspect boolean,
-  room int, run_length int,
+  room int, run_length int, longest_run int,
   out run_tids tid[], out ids bigint[], out owned text[], out rest text[], out no_room text[]
 )
 language plpgsql set search_path from current as $$
 #variable_conflict use_column
 declare
-  cursors int := cardinality(array(select distinct unnest(take_runs.keys)));
-  longest int := case when take_runs.suspect or take_runs.run_length <= 1 then 1 else
-    greatest(take_runs.run_length, least(take_runs.room / cursors, take_runs.run_length * 4)) end;
+  longest int := case when take_runs.suspect then 1 else
+    greatest(take_runs.run_length, least(take_runs.room / cardinality(take_runs.keys), take_runs.longest_run)) end;
   horizon bigint := (select last_value from horizon); -- before any mailbox is read
+  taken record;
 begin
-  with met as materialized (
-    select k.key, min(k.n) as n from unnest(take_runs.keys) with ordinality k(key, n) group by k.key
-  ), mine as materialized (
-    select m.n, m.key, c.tid as cursor_tid, c.hold, b.step, b.tid, b.id, b.place, b.kind, b.run_at, b.losses
-    from (select * from met order by n) m
+  with mine as materialized (
+    select m.n, c.tid as cursor_tid, c.hold, b.*
+    from unnest(take_runs.keys) with ordinality m(key, n)
     cross join lateral (
       select c.ctid as tid, c.hold, c.mark
       from cursors c
@@ -35,9 +33,7 @@ begin
       for update skip locked
     ) c
     cross join lateral (
-      select row_number() over () as step, w.tid, w.id, row(w.rank, w.expected_at, w.id)::place as place,
-        w.kind, w.run_at, w.losses
-      from (
+      select row_number() over () as step, w.* from (
         (select h.ctid as tid, h.id, -(h.priority::int) as rank, h.expected_at, h.kind, h.run_at, h.losses
           from jobs h where h.id = c.hold)
         union all
@@ -59,37 +55,47 @@ begin
     ) b
     limit take_runs.room
   ), free as materialized (
-    select j.ctid as tid from mine m join jobs j on j.ctid = m.tid
+    select m.*, m.run_at <= take_runs.cutoff and coalesce(m.kind = any(take_runs.kinds), true)
+      and case when take_runs.suspect then m.step = 1 else m.losses = 0 end as fits
+    from mine m join jobs j on j.ctid = m.tid
     where j.token is null and j.stage <> 'scheduled' for update of j skip locked
-  ), judged as materialized (
-    select m.*, bool_and(m.tid in (select f.tid from free f) and m.run_at <= take_runs.cutoff
-        and coalesce(m.kind = any(take_runs.kinds), true)
-        and case when take_runs.suspect then m.step = 1 else m.losses = 0 end)
-      over (partition by m.n order by m.step) as runs
-    from mine m
+  ), sums as (
+    select (select count(*) from mine) = count(*) filter (where f.fits) as all_fit from free f
+  ), run as materialized (
+    -- Without gaps: a run ends before the first row that is missing or does not fit.
+    select f.n, f.cursor_tid, f.hold, f.step, f.tid, f.id, f.rank, f.expected_at
+    from free f where (select all_fit from sums)
+    union all
+    select f.n, f.cursor_tid, f.hold, f.step, f.tid, f.id, f.rank, f.expected_at
+    from (
+      select f.*, row_number() over so_far as nth, bool_and(f.fits) over so_far as all_fit
+      from free f window so_far as (partition by f.n order by f.step)
+    ) f
+    where not (select all_fit from sums) and f.nth = f.step and f.all_fit
   ), owner as (
     update cursors c set owner = take_runs.token, turn = c.turn + 1,
       -- The jobs behind a held one may stand before it.
       next_mark = case when r.hold is null
-        then greatest(c.mark, row((r.last).rank, (r.last).expected_at, least((r.last).id, horizon))::place)
+        then greatest(c.mark, row(r.rank, r.expected_at, least(r.id, horizon))::place)
         else c.mark end
-    from (
-      select j.cursor_tid, j.hold, (array_agg(j.place order by j.step desc))[1] as last
-      from judged j where j.runs group by j.cursor_tid, j.hold
-    ) r
+    from (select distinct on (r.n) r.* from run r order by r.n, r.step desc) r
     where c.ctid = r.cursor_tid
-    returning c.key
-  ), reached as (
-    select count(*) = take_runs.room as everything, max(m.n) as n from mine m
+    returning r.n
   )
   select
-    (select array_agg(j.tid order by j.n, j.step) filter (where j.runs and j.key in (select o.key from owner o)) from judged j),
-    (select array_agg(j.id order by j.n, j.step) filter (where j.runs and j.key in (select o.key from owner o)) from judged j),
-    array_agg(m.key order by m.n) filter (where m.key in (select o.key from owner o)),
-    array_agg(m.key order by m.key) filter (where m.key not in (select o.key from owner o) and (not r.everything or m.n <= r.n)),
-    array_agg(m.key) filter (where m.key not in (select o.key from owner o) and r.everything and m.n > r.n)
-    into run_tids, ids, owned, rest, no_room
-    from met m cross join reached r;
+    array_agg(r.tid) filter (where r.n in (select o.n from owner o)) as tids,
+    array_agg(r.id) filter (where r.n in (select o.n from owner o)) as ids,
+    (select array_agg(o.n) from owner o) as owned,
+    (select max(m.n)::int from mine m having count(*) = take_runs.room) as reached
+    into taken from run r;
+  run_tids := taken.tids;
+  ids := taken.ids;
+  owned := array(select keys[n] from unnest(taken.owned) n);
+  if taken.reached is not null then
+    no_room := take_runs.keys[taken.reached + 1 :];
+  end if;
+  rest := array(select m.key from unnest(take_runs.keys[: coalesce(taken.reached, cardinality(take_runs.keys))]) with ordinality m(key, n)
+    where m.n not in (select unnest(taken.owned)) order by m.key);
 end $$;
 
 -- Park what was met and does not run now: the rest of cursors that are owned now, and everything but the
@@ -139,49 +145,55 @@ begin
 end $$;
 
 -- Both, for the candidates of a claim, of which it may park to_park. Cursors that do not exist are made
--- when they are first met.
+-- when they are first met. left_at: the first candidate of a cursor that found no room.
 create or replace function own_cursors(
   token bigint, queue text, kinds text[], cutoff timestamptz,
-  inout tids tid[], in keys text[], in suspect boolean, in room int, in run_length int, inout to_park int,
-  out ids bigint[], out owned text[], out no_room text[], out contended boolean
+  inout tids tid[], in keys text[], in suspect boolean, in room int, in run_length int, in longest_run int, inout to_park int,
+  out ids bigint[], out owned text[], out left_at int, out contended boolean
 )
 language plpgsql set search_path from current as $$
 #variable_conflict use_column
 declare
-  met record;
+  met text[] := array(select k.key from unnest(own_cursors.keys) with ordinality k(key, n)
+    where k.key is not null group by k.key order by min(k.n));
   runs record;
+  rest text[];
 begin
-  select array_agg(k.tid) as tids, array_agg(k.key) as keys into met
-    from unnest(own_cursors.tids, own_cursors.keys) k(tid, key) where k.key is not null;
   contended := false;
   if room <= 0 then
     tids := null;
-    no_room := met.keys;
+    left_at := array_position(own_cursors.keys, met[1]);
     return;
   end if;
-  runs := take_runs(own_cursors.token, own_cursors.queue, own_cursors.kinds, own_cursors.cutoff, met.keys,
-    own_cursors.suspect, room, own_cursors.run_length);
-  tids := runs.run_tids; ids := runs.ids; owned := runs.owned; no_room := runs.no_room;
-  if runs.rest is not null then
+  runs := take_runs(own_cursors.token, own_cursors.queue, own_cursors.kinds, own_cursors.cutoff, met,
+    own_cursors.suspect, room, own_cursors.run_length, own_cursors.longest_run);
+  ids := runs.ids; owned := runs.owned; rest := runs.rest;
+  left_at := array_position(own_cursors.keys, runs.no_room[1]);
+  if rest <> '{}' then
     -- Only what is missing: ON CONFLICT alone would wait for running settles, and deadlock with them.
     insert into cursors (queue, key)
       select own_cursors.queue, r.key
-      from unnest(runs.rest) r(key) left join lateral (
+      from unnest(rest) r(key) left join lateral (
         select true as known from cursors c where c.queue = own_cursors.queue and c.key = r.key limit 1
       ) c on true
       where known is null order by r.key on conflict do nothing;
     room := room - coalesce(cardinality(ids), 0);
     if found and room > 0 then
-      runs := take_runs(own_cursors.token, own_cursors.queue, own_cursors.kinds, own_cursors.cutoff, runs.rest,
-        own_cursors.suspect, room, own_cursors.run_length);
-      tids := tids || runs.run_tids; ids := ids || runs.ids; owned := owned || runs.owned;
-      no_room := no_room || runs.no_room;
+      met := array(select m.key from unnest(met) with ordinality m(key, n)
+        where (m.key in (select unnest(rest))) is true order by m.n);
+      tids := runs.run_tids;
+      runs := take_runs(own_cursors.token, own_cursors.queue, own_cursors.kinds, own_cursors.cutoff, met,
+        own_cursors.suspect, room, own_cursors.run_length, own_cursors.longest_run);
+      runs.run_tids := tids || runs.run_tids;
+      ids := ids || runs.ids; owned := owned || runs.owned; rest := runs.rest;
+      left_at := least(left_at, array_position(own_cursors.keys, runs.no_room[1]));
     end if;
   end if;
-  if to_park > 0 and cardinality(met.tids) > coalesce(cardinality(tids), 0) or runs.rest is not null then
+  if to_park > 0 and cardinality(own_cursors.tids) > coalesce(cardinality(ids), 0) or rest <> '{}' then
     select to_park - p.parked, p.contended into to_park, contended
-      from park(own_cursors.queue, met.tids, met.keys, owned, runs.rest, tids, to_park) p;
+      from park(own_cursors.queue, own_cursors.tids, own_cursors.keys, owned, rest, runs.run_tids, to_park) p;
   end if;
+  tids := runs.run_tids;
 end $$;
 
 -- Put the head of each free cursor's mailbox back in the line, at its end. Every path that removes or

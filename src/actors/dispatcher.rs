@@ -26,6 +26,8 @@ use crate::store::{Claim, Claimed, ClaimedRun, Mark, Store};
 const BUSY_POLL: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(100));
 /// A sentry that was notified in vain so often leaves its post for a while.
 const VAIN_LIMIT: u32 = 5;
+/// A slice of a full pass moves at most so many rows of busy cursors out of the line.
+const MAX_PARKED: usize = 1000;
 /// After a failed claim.
 const FAILURE_PAUSE: Duration = Duration::from_millis(200);
 
@@ -44,10 +46,15 @@ pub(crate) struct Dispatcher {
     pub(crate) rest: Resting,
 }
 
+/// True if reading came as far as `marks` in every lane.
+fn covers(read: &[Mark], marks: &[Mark]) -> bool {
+    marks.iter().all(|mark| read.iter().any(|r| r.priority == mark.priority && r.pos >= mark.pos))
+}
+
 /// What the dispatcher does between messages.
 pub(crate) struct Resting {
     marks: Marks<Vec<Mark>>,
-    passes: FullPasses,
+    passes: FullPasses<Vec<Mark>>,
     doing: Doing,
     /// Woken while passing.
     woken: bool,
@@ -121,7 +128,7 @@ impl Dispatcher {
         self.rest.doing = Doing::Passing;
         self.rest.woken = false;
         let full = self.full_passes && self.rest.passes.is_due(Instant::now());
-        let marks = if full { Vec::new() } else { self.rest.marks.next() };
+        let marks = if full { self.rest.passes.from() } else { self.rest.marks.next() };
         let (queue, kinds, pool) = (Arc::clone(&self.queue), Arc::clone(&self.kinds), self.pool.clone());
         let (store, lease, run_length) = (self.store.clone(), self.lease.clone(), self.run_length);
         let pass = async move {
@@ -138,6 +145,8 @@ impl Dispatcher {
                 kinds: &kinds,
                 max_jobs: wanted.jobs,
                 run_length: pacing::run_length(wanted.mean_run, run_length),
+                longest_run: pacing::run_length(wanted.mean_run, pacing::MAX_CLAIM),
+                to_park: if full { MAX_PARKED } else { 0 },
                 marks: &marks,
             };
             lease.opens(token);
@@ -181,13 +190,15 @@ impl Dispatcher {
             }
             Pass::Claimed { claimed, wanted, full } => {
                 let found = claimed.jobs();
+                // Without marks no lane was read: the claim took a suspect, or there is nothing to read.
+                let ended = claimed.marks.is_empty() || covers(&claimed.marks, self.rest.marks.last());
                 if full && (found == 0 || !claimed.marks.is_empty()) {
                     self.rest.passes.made(now, claimed.reading);
-                    self.rest.seen_all = found == 0 && !self.rest.woken;
+                    self.rest.passes.sliced(claimed.marks.clone(), ended);
+                    self.rest.seen_all = ended && found == 0 && !self.rest.woken;
                     self.bell.wake_scheduler(Cause::Tick);
                 }
-                // Without marks no lane was read: the claim took a suspect, or there is nothing to read.
-                if !claimed.marks.is_empty() {
+                if !claimed.marks.is_empty() && (!full || ended) {
                     self.rest.marks.read(now, claimed.marks, found < wanted);
                 }
                 if found > 0 {

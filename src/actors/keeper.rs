@@ -89,8 +89,10 @@ impl LeaseKeeper {
             for token in lease.unknown(extended.open_claims) {
                 let store = store.clone();
                 actix_rt::spawn(async move {
-                    let moved = store.give_back(token).await;
-                    tracing::warn!(token, ?moved, "gave back a claim whose reply was lost");
+                    match store.give_back(token).await {
+                        Ok(0) => {} // settled while the heartbeat was on its way
+                        moved => tracing::warn!(token, ?moved, "gave back a claim whose reply was lost"),
+                    }
                 });
             }
             Ok(Beat::Kept { cancelled: extended.cancelled })

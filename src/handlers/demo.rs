@@ -1,4 +1,4 @@
-//! The demo kinds, to try things out with: `noop`, `echo`, `sleep`, `fail`, `panic`, `append`.
+//! The demo kinds, to try things out with: `noop`, `echo`, `sleep`, `fail`, `panic`, `count`, `append`.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use crate::actors::supervisor::Handlers;
 use crate::error::Result;
 use crate::job::Job;
 use crate::outcome::{JobError, JobResult, Outcome};
-use crate::task::Task;
+use crate::task::{CursorTask, Task};
 
 macro_rules! task {
     ($(#[$doc:meta])* $name:ident as $kind:literal { $($field:ident: $type:ty),* }) => {
@@ -63,8 +63,16 @@ task! {
     Fail as "fail" { times: u16 }
 }
 task! {
+    /// Adds to the number that is its cursor's state.
+    Count as "count" { n: i64 }
+}
+task! {
     /// Appends to the array that is its cursor's state; the result is the array's length.
     Append as "append" { n: Value }
+}
+
+impl CursorTask for Count {
+    type State = i64;
 }
 
 /// Handle the demo kinds.
@@ -74,6 +82,7 @@ pub(crate) fn demo(handlers: &mut Handlers) -> Result<()> {
     handlers.add_fn(sleep)?;
     handlers.add_fn(fail)?;
     handlers.add_fn(panic)?;
+    handlers.add_fn(count)?;
     handlers.add_fn(append)
 }
 
@@ -91,6 +100,11 @@ async fn fail(job: Job<Fail>) -> JobResult {
 
 async fn panic(job: Job<Panic>) -> JobResult {
     panic!("{}", job.args.0)
+}
+
+async fn count(job: Job<Count>) -> JobResult {
+    let sum: i64 = job.cursor()?.unwrap_or(0);
+    job.leave(&(sum + job.args.n))
 }
 
 async fn append(job: Job<Append>) -> JobResult {

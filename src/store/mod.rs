@@ -203,6 +203,8 @@ impl Store {
                         (&(claim.run_length as i32), Type::INT4),
                         (&lanes, Type::INT2_ARRAY),
                         (&marks, Type::INT8_ARRAY),
+                        (&(claim.longest_run as i32), Type::INT4),
+                        (&(claim.to_park as i32), Type::INT4),
                     ],
                 )
                 .await

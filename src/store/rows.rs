@@ -26,8 +26,12 @@ pub struct Claim<'a> {
     pub kinds: &'a [Arc<str>],
     /// At most so many jobs.
     pub max_jobs: usize,
-    /// At most so many jobs of one cursor.
+    /// At most so many jobs of one cursor, if many cursors have jobs.
     pub run_length: usize,
+    /// At most so many jobs of one cursor.
+    pub longest_run: usize,
+    /// Move at most so many rows of busy cursors out of the way of later claims.
+    pub to_park: usize,
     /// Where to go on reading; lanes without a mark are read from their start.
     pub marks: &'a [Mark],
 }

@@ -282,12 +282,14 @@ impl Walk {
             kinds: &[Arc::from("walk")],
             max_jobs,
             run_length,
+            longest_run: run_length * 2,
+            to_park: self.random.random_range(0..10),
             marks: &[],
         };
         let claimed = self.db.store.claim(&claim).await.unwrap();
         assert!(claimed.jobs() <= max_jobs);
         for run in claimed.runs {
-            self.model.claimed(&run, token, lease, run_length * 4);
+            self.model.claimed(&run, token, lease, run_length * 2);
             self.running.push(run);
         }
     }
