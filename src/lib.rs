@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod actors;
+pub mod checker;
 pub mod client;
 pub mod config;
 pub mod cursor;

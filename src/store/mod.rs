@@ -4,6 +4,7 @@
 //! server is still doing on it.
 
 mod connect;
+mod history;
 mod migrate;
 mod queries;
 mod read;
@@ -19,6 +20,7 @@ use tokio_postgres::Client;
 use tokio_postgres::types::{ToSql, Type};
 
 pub use connect::Target;
+pub use history::{CursorEnd, FinishedCursorJob};
 pub use migrate::{Migrated, VERSION, script};
 pub(crate) use queries::{Queries, quote};
 pub use read::{CursorFilter, CursorRow, CursorVerb, Filter, JobRow, LiveCount, NodeRow};

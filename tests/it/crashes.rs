@@ -10,13 +10,13 @@ use rustix::process::{Pid, Signal, kill_process};
 use crate::cli::pgcue;
 use crate::support::{Db, database, eventually, value};
 
-/// How many jobs; the documented long form is PGCUE_LONG=1.
-fn jobs(short: i64, long: i64) -> i64 {
+/// How many jobs; the documented long form is LONG_TESTS=1.
+pub fn jobs(short: i64, long: i64) -> i64 {
     if std::env::var_os("LONG_TESTS").is_some() { long } else { short }
 }
 
 /// A node in a process of its own.
-fn node(db: &Db) -> Child {
+pub fn node(db: &Db) -> Child {
     let mut command = pgcue(&db.url);
     command.env("PGCUE_LEASE", "3s").env("PGCUE_LOG", "warn").args(["run", "--demo"]);
     command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
@@ -26,7 +26,7 @@ fn signal(child: &Child, signal: Signal) {
     kill_process(Pid::from_raw(child.id() as i32).unwrap(), signal).unwrap();
 }
 
-async fn stop(mut child: Child) -> std::process::ExitStatus {
+pub async fn stop(mut child: Child) -> std::process::ExitStatus {
     signal(&child, Signal::TERM);
     tokio::task::spawn_blocking(move || child.wait().unwrap()).await.unwrap()
 }

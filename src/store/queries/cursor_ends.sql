@@ -1,0 +1,1 @@
+select queue, key, version, state from pgcue.cursors
