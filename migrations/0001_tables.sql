@@ -101,6 +101,9 @@ create table claims (
 ) with (fillfactor = 50, autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_scale_factor = 0);
 create index claims_lease on claims (lease);
 
+-- Which cursors there are. Apart from what changes, so that being unique costs a change nothing.
+create table cursor_keys (queue text not null, key text not null, primary key (queue, key));
+
 create table cursors (
   queue text not null,
   key text not null,
@@ -119,9 +122,11 @@ create table cursors (
   -- here, past the dead entries of what was settled. After a run that is settled whole it moves to
   -- next_mark.
   mark place not null default row(-40000, '-infinity', 0),
-  next_mark place not null default row(-40000, '-infinity', 0),
-  primary key (queue, key)
+  next_mark place not null default row(-40000, '-infinity', 0)
 ) with (fillfactor = 50);
+-- A cursor is looked up by its newest turn: `order by turn desc limit 1` never visits the versions that a
+-- pinned snapshot keeps.
+create index cursors_turn on cursors (queue, key, turn desc);
 
 -- History, partitioned by the moment of the end. The default partition keeps a settle writable even
 -- if nobody has made partitions for weeks.

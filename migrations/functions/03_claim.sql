@@ -113,6 +113,7 @@ declare
   line_lanes smallint[];
   line_marks bigint[];
   may_park int := claim_lanes.to_park;
+  reads int := greatest(10, 1000 / claim_lanes.max_jobs); -- so often it reads past busy cursors
 begin
   perform require_read_committed();
   -- The lease first: the reaper locks it before it touches jobs, so no claim ends leased to nobody.
@@ -127,7 +128,7 @@ begin
 
   line_lanes := claim_lanes.lanes;
   line_marks := claim_lanes.marks;
-  for again in 1 .. 10 loop
+  for again in 1 .. reads loop
     line := read_line(claim_lanes.lease, claim_lanes.queue, claim_lanes.kinds, claim_lanes.max_jobs, cutoff,
       line_lanes, line_marks);
     -- Plain rows are locked only now: another claimer may have been faster. The nested loops over unnest,
@@ -154,7 +155,7 @@ begin
     exit when cardinality(chosen) > 0 or line.lanes is null;
     line_lanes := line.lanes;
     line_marks := line.marks;
-    contended := contended or again = 10;
+    contended := contended or again = reads;
   end loop;
 
   return query
@@ -178,7 +179,9 @@ begin
         null::smallint, null::smallint, null::bigint, null::json, null::float8, null::on_retry, null::on_failure,
         c.key, c.state, c.version, c.turn
       from unnest(runs.owned) o(key)
-      cross join lateral (select * from cursors c where c.queue = claim_lanes.queue and c.key = o.key limit 1) c;
+      cross join lateral (
+        select * from cursors c where c.queue = claim_lanes.queue and c.key = o.key order by c.turn desc limit 1
+      ) c;
   end if;
   return query
     update jobs j set token = claim_lanes.token, attempt = attempt + 1, started_at = cutoff, collapse_key = null

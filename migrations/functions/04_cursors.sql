@@ -4,12 +4,21 @@
 -- A cursor is free if nobody owns it and it is not halted. The head of its mailbox is the job that must
 -- run next: a held job, else the first by priority, expected_at and id. The head of a free cursor stands
 -- in the line; other jobs that a claim meets there are parked (blocked) until the cursor lets go.
+--
+-- The mark of a cursor says where its mailbox begins. It may pass an id only below the horizon: a job
+-- with a smaller id whose transaction is still open would never be seen. Whatever enters a mailbox before
+-- the mark otherwise (a promoted job, a parked one of an odd id) sets it back to the start.
+--
+-- A cursor is looked up by `cross join lateral (.. order by turn desc limit 1)`: its newest version, past
+-- none of the dead ones, and once for each key (a plain join, planned when there were few cursors, would
+-- read them all). It is locked by its ctid; a row that is not there any more changed at this instant.
 
 -- The first claimable jobs of free cursors, as runs: what a claim does with candidates that have a cursor.
 -- A run follows the order of the mailbox and ends before a kind that the claimer lacks and before a row
 -- that another transaction holds. Suspects are left to claims of a suspect, which take only the head.
--- A run has up to run_length jobs; up to longest_run, when few cursors share the room. Cursors are evaluated one by one until there
--- is no room, so that no more rows are locked than needed: no_room. rest: what was met and gave nothing.
+-- A run has up to run_length jobs; up to longest_run, when few cursors share the room. Cursors are
+-- evaluated one by one until there is no room, so that no more rows are locked than needed: no_room.
+-- rest: what was met and gave nothing.
 create or replace function take_runs(
   token bigint, queue text, kinds text[], cutoff timestamptz, keys text[], suspect boolean,
   room int, run_length int, longest_run int,
@@ -27,9 +36,12 @@ begin
     select m.n, c.tid as cursor_tid, c.hold, b.*
     from unnest(take_runs.keys) with ordinality m(key, n)
     cross join lateral (
-      select c.ctid as tid, c.hold, c.mark
-      from cursors c
-      where c.queue = take_runs.queue and c.key = m.key and c.owner is null and c.halted_at is null
+      select c.ctid as tid from cursors c
+      where c.queue = take_runs.queue and c.key = m.key order by c.turn desc limit 1
+    ) newest
+    cross join lateral (
+      select c.ctid as tid, c.hold, c.mark from cursors c
+      where c.ctid = newest.tid and c.owner is null and c.halted_at is null
       for update skip locked
     ) c
     cross join lateral (
@@ -110,9 +122,14 @@ language plpgsql set search_path from current as $$
 begin
   with busy as materialized (
     select r.key, c.*
-    from unnest(park.rest) r(key) cross join lateral (
+    from unnest(park.rest) r(key)
+    cross join lateral (
+      select c.ctid as tid from cursors c
+      where c.queue = park.queue and c.key = r.key order by c.turn desc limit 1
+    ) newest
+    cross join lateral (
       select c.ctid as tid, c.mark, c.owner is null and c.halted_at is null as free, c.hold
-      from cursors c where c.queue = park.queue and c.key = r.key for update skip locked
+      from cursors c where c.ctid = newest.tid for update skip locked
     ) c
   ), heads as materialized (
     select b.key, h.id from busy b
@@ -144,6 +161,23 @@ begin
     into parked, contended from busy b;
 end $$;
 
+-- Make the cursors that do not exist, in the order of their keys. Returns how many.
+create or replace function make_cursors(queue text, keys text[]) returns bigint
+language sql set search_path from current as $$
+  with made as (
+    insert into cursor_keys (queue, key)
+    select make_cursors.queue, k.key
+    from unnest(make_cursors.keys) k(key) left join lateral (
+      select true as known from cursors c where c.queue = make_cursors.queue and c.key = k.key order by c.turn desc limit 1
+    ) c on true
+    where known is null order by k.key on conflict do nothing
+    returning queue, key
+  ), rows as (
+    insert into cursors (queue, key) select queue, key from made returning 1
+  )
+  select count(*) from rows
+$$;
+
 -- Both, for the candidates of a claim, of which it may park to_park. Cursors that do not exist are made
 -- when they are first met. left_at: the first candidate of a cursor that found no room.
 create or replace function own_cursors(
@@ -170,15 +204,8 @@ begin
   ids := runs.ids; owned := runs.owned; rest := runs.rest;
   left_at := array_position(own_cursors.keys, runs.no_room[1]);
   if rest <> '{}' then
-    -- Only what is missing: ON CONFLICT alone would wait for running settles, and deadlock with them.
-    insert into cursors (queue, key)
-      select own_cursors.queue, r.key
-      from unnest(rest) r(key) left join lateral (
-        select true as known from cursors c where c.queue = own_cursors.queue and c.key = r.key limit 1
-      ) c on true
-      where known is null order by r.key on conflict do nothing;
     room := room - coalesce(cardinality(ids), 0);
-    if found and room > 0 then
+    if make_cursors(own_cursors.queue, rest) > 0 and room > 0 then
       met := array(select m.key from unnest(met) with ordinality m(key, n)
         where (m.key in (select unnest(rest))) is true order by m.n);
       tids := runs.run_tids;
@@ -208,8 +235,8 @@ begin
       select h.id
       from unnest(pass_on.queues, pass_on.keys) k(queue, key)
       cross join lateral (
-        select c.hold, c.mark from cursors c
-        where c.queue = k.queue and c.key = k.key and c.owner is null and c.halted_at is null limit 1
+        select c.hold, c.mark, c.owner is null and c.halted_at is null as free from cursors c
+        where c.queue = k.queue and c.key = k.key order by c.turn desc limit 1
       ) c
       cross join lateral (
         (select m.id, m.token, m.stage from jobs m where m.id = c.hold)
@@ -225,7 +252,7 @@ begin
           order by -(m.priority::int), m.expected_at, m.id limit 1)
         limit 1
       ) h
-      where h.token is null and h.stage <> 'scheduled'));
+      where c.free and h.token is null and h.stage <> 'scheduled'));
 end $$;
 
 -- Move the horizon: called with what the last call returned, by any number of nodes. An id is drawn by a

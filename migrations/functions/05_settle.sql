@@ -110,8 +110,7 @@ begin
       from unnest(let_go.queues, let_go.keys, let_go.tokens, let_go.versions, let_go.new_versions, let_go.states,
         let_go.holds, let_go.whole) r(queue, key, token, version, new_version, state, hold, whole)
       cross join lateral (
-        select c.ctid as tid from cursors c
-        where c.queue = r.queue and c.key = r.key and c.owner = r.token and c.version = r.version limit 1
+        select c.ctid as tid from cursors c where c.queue = r.queue and c.key = r.key order by c.turn desc limit 1
       ) c
       order by r.queue, r.key
     ) r
@@ -121,9 +120,10 @@ begin
     exit when moved = cardinality(let_go.keys) or not exists (
       select from unnest(let_go.queues, let_go.keys, let_go.tokens, let_go.versions) r(queue, key, token, version)
       cross join lateral (
-        select from cursors c
-        where c.queue = r.queue and c.key = r.key and c.owner = r.token and c.version = r.version limit 1
-      ) c);
+        select c.owner, c.version from cursors c
+        where c.queue = r.queue and c.key = r.key order by c.turn desc limit 1
+      ) c
+      where c.owner = r.token and c.version = r.version);
   end loop;
 end $$;
 
@@ -180,7 +180,9 @@ begin
             select h.id from unnest(finished.halts, finished.halt_queues, finished.halt_keys) h(id, queue, key)
             where h.queue = r.queue and h.key = r.key limit 1) as halts
           from unnest(settle.run_queues, settle.run_keys) r(queue, key)
-          cross join lateral (select c.ctid as tid from cursors c where c.queue = r.queue and c.key = r.key limit 1) c
+          cross join lateral (
+            select c.ctid as tid from cursors c where c.queue = r.queue and c.key = r.key order by c.turn desc limit 1
+          ) c
         ) r
         where c.ctid = r.tid and (r.halts is not null or c.hold = any(finished.done));
       end if;
@@ -231,7 +233,9 @@ begin
   select j.ctid as tid, j.on_retry, c.queue, c.key, c.state::text, c.version, c.version as new_version,
       null::bigint as hold into job
     from jobs j
-    left join lateral (select * from cursors c where c.queue = j.queue and c.key = j.cursor_key limit 1) c on true
+    left join lateral (
+      select * from cursors c where c.queue = j.queue and c.key = j.cursor_key order by c.turn desc limit 1
+    ) c on true
     where j.id = settle.id and j.token = settle.token;
   if settle.outcome = 'completed' or settle.outcome in ('failed', 'cancelled') and settle.new_state is not null then
     job.new_version := job.version + 1;

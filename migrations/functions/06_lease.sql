@@ -42,8 +42,9 @@ begin
     select k.queue, k.key, c.version
     from (select distinct m.queue, m.key from mine m where m.key is not null order by m.queue, m.key) k
     cross join lateral (
-      select c.version from cursors c where c.queue = k.queue and c.key = k.key for update skip locked
-    ) c
+      select c.ctid as tid from cursors c where c.queue = k.queue and c.key = k.key order by c.turn desc limit 1
+    ) newest
+    cross join lateral (select c.version from cursors c where c.ctid = newest.tid for update skip locked) c
   ), jobs_locked as materialized (
     select j.id, j.ctid as tid, j.queue, j.cursor_key as key from jobs j
     where j.token = give_back.token and j.id = any(array(select m.id from mine m))

@@ -9,12 +9,11 @@ declare
   job record;
 begin
   perform require_read_committed();
-  -- A claim in flight may be about to make the cursor's row: then this waits for it.
-  insert into cursors (queue, key)
-    select j.queue, j.cursor_key from jobs j where j.id = cancel.id and j.cursor_key is not null
-    on conflict do nothing;
-  perform from cursors c
-    where (c.queue, c.key) = (select j.queue, j.cursor_key from jobs j where j.id = cancel.id) for update;
+  select j.queue, j.cursor_key into job from jobs j where j.id = cancel.id;
+  if job.cursor_key is not null then
+    perform make_cursors(job.queue, array[job.cursor_key]);
+    perform lock_cursor(job.queue, job.cursor_key);
+  end if;
   select j.ctid as tid, j.token, j.queue, j.cursor_key into job from jobs j where j.id = cancel.id for update;
   if not found then
     return null;
@@ -42,11 +41,12 @@ declare
   cursor cursors;
 begin
   perform require_read_committed();
-  insert into cursors (queue, key)
-    select lock_cursor.queue, lock_cursor.key
-    where exists (select from jobs j where j.queue = lock_cursor.queue and j.cursor_key = lock_cursor.key and j.stage <> 'scheduled')
-    on conflict do nothing;
-  select * into cursor from cursors c where c.queue = lock_cursor.queue and c.key = lock_cursor.key for update;
+  -- A claim in flight may be about to make it: then this waits for the claim.
+  if exists (select from jobs j where j.queue = lock_cursor.queue and j.cursor_key = lock_cursor.key and j.stage <> 'scheduled') then
+    perform make_cursors(lock_cursor.queue, array[lock_cursor.key]);
+  end if;
+  select * into cursor from cursors c
+    where c.queue = lock_cursor.queue and c.key = lock_cursor.key order by c.turn desc limit 1 for update;
   if not found then
     raise exception 'pgcue: there is no cursor % in queue %', lock_cursor.key, lock_cursor.queue
       using errcode = 'no_data_found';
@@ -160,6 +160,7 @@ begin
       using errcode = 'object_in_use', hint = 'Cancel or skip them first.';
   end if;
   delete from cursors c where c.queue = cursor.queue and c.key = cursor.key;
+  delete from cursor_keys k where k.queue = cursor.queue and k.key = cursor.key;
 end $$;
 
 -- One sentence on why a job is not running, or what became of it.
@@ -265,11 +266,13 @@ begin
     select d.queue, d.key, array_agg(d.id) as ids from due d where d.key is not null group by d.queue, d.key
   ), known as materialized (
     select k.queue, k.key, c.tid from keys k
-    cross join lateral (select c.ctid as tid from cursors c where c.queue = k.queue and c.key = k.key limit 1) c
+    cross join lateral (
+      select c.ctid as tid from cursors c where c.queue = k.queue and c.key = k.key order by c.turn desc limit 1
+    ) c
   ), free as materialized (
     select k.queue, k.key, c.tid, c.hold from known k
     cross join lateral (
-      select c.ctid as tid, c.hold from cursors c where c.queue = k.queue and c.key = k.key for update skip locked
+      select c.ctid as tid, c.hold from cursors c where c.ctid = k.tid for update skip locked
     ) c
   ), back as (
     -- It may enter the mailbox before the mark; a held job is found by its id.
