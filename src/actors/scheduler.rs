@@ -1,6 +1,6 @@
 //! The scheduler: moves due jobs into the line when their time comes, moves the horizon that lets cursors
-//! skip what was settled, and tends the history. Every
-//! node has one; duties are leaderless, and two nodes doing one at once do no harm.
+//! skip what was settled, and tends the history. Every node has one; duties are leaderless, and two nodes
+//! doing one at once do no harm.
 //!
 //! A pass promotes what is due and learns when the next job will be. It is made when that moment
 //! comes, on every hint that something was scheduled, and at least each second.
@@ -17,6 +17,8 @@ use crate::store::{Horizon, Store};
 const BATCH: i32 = 1000;
 /// A pass is made at least this often.
 const TICK: Duration = Duration::from_secs(1);
+/// How often the horizon is moved.
+const HORIZON_EVERY: Duration = Duration::from_millis(500);
 /// Between two passes lies this multiple of the last one's duration.
 const SHARE: u32 = 4;
 /// How often the history is tended.
@@ -119,7 +121,7 @@ impl Actor for Scheduler {
     fn started(&mut self, ctx: &mut Self::Context) {
         self.pass(ctx);
         self.tend(ctx);
-        ctx.run_interval(TICK, |scheduler, ctx| scheduler.move_horizon(ctx));
+        ctx.run_interval(HORIZON_EVERY, |scheduler, ctx| scheduler.move_horizon(ctx));
         ctx.run_interval(TEND_EVERY, |scheduler, ctx| scheduler.tend(ctx));
     }
 }

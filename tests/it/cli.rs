@@ -20,7 +20,7 @@ async fn output(mut command: Command) -> Output {
     tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap()
 }
 
-async fn run(url: &str, arguments: &[&str]) -> (i32, String, String) {
+pub async fn run(url: &str, arguments: &[&str]) -> (i32, String, String) {
     let mut command = pgcue(url);
     command.args(arguments);
     let output = output(command).await;

@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use pgcue::{Config, NewJob, Node};
+use jiff::Timestamp;
+use pgcue::{Config, CursorTask, Job, JobResult, NewJob, Node, OnRetry, Outcome, Task};
+use serde::{Deserialize, Serialize};
 
 use crate::support::{database, value};
 
@@ -171,4 +173,125 @@ async fn a_claim_takes_no_more_jobs_than_asked_through_runs() {
         taken += got;
     }
     assert_eq!(value::<i64>(&sql, "select count(*) from jobs where token is not null").await, taken);
+}
+
+#[actix::test]
+async fn a_retrying_job_may_let_others_pass() {
+    let db = database().await;
+    let node = db.demo_node().await.start().await.unwrap();
+    let slow = NewJob::new("fail", r#"{"times":1}"#).cursor("a").on_retry(OnRetry::Pass);
+    let ids = db.client.enqueue_many([slow, append(1, "a"), append(2, "a")]).await.unwrap();
+    let passed = db.reaches(ids[2].id, "completed").await;
+    let failing = db.reaches(ids[0].id, "completed").await;
+    assert!(failing.attempt == 2 && failing.started_at > passed.finished_at, "{failing:?}");
+    // A job that is scheduled for later holds nobody up either.
+    let later = db.client.enqueue(append(9, "a").delay(Duration::from_secs(60))).await.unwrap().id;
+    let next = db.client.enqueue(append(3, "a")).await.unwrap().id;
+    assert_eq!(db.reaches(next, "completed").await.result.unwrap().get(), "3");
+    assert_eq!(db.job(later).await.state, "scheduled");
+    node.drain().await.unwrap();
+}
+
+#[derive(Serialize, Deserialize)]
+enum Set {
+    Number(i64),
+    Null,
+    Text,
+    Keep,
+    Large,
+    FailAndKeep,
+    FailAndSet(i64),
+}
+
+impl Task for Set {
+    const KIND: &'static str = "set";
+    const MAX_ATTEMPTS: u16 = 1;
+}
+
+impl CursorTask for Set {
+    type State = Option<i64>;
+}
+
+async fn set(job: Job<Set>) -> JobResult {
+    let before = job.cursor()?;
+    let outcome = match job.args {
+        Set::Number(n) => Outcome::Complete.with_state(&n)?,
+        Set::Null => Outcome::Complete.with_state(&None::<i64>)?,
+        Set::Text => Outcome::Complete.with_state(&"x".repeat(2000))?,
+        Set::Keep => Outcome::Complete,
+        Set::Large => Outcome::Complete.with_state(&"x".repeat(5000))?,
+        Set::FailAndKeep => Outcome::Fail("as asked".into()),
+        Set::FailAndSet(n) => Outcome::Fail("as asked".into()).with_state(&n)?,
+    };
+    outcome.with_result(&format!("{before:?}"))
+}
+
+#[actix::test]
+async fn the_state_is_what_the_last_finished_job_said() {
+    let db = database().await;
+    let sql = db.sql().await;
+    let config = Config { max_state: 4000, ..db.config() };
+    let node = Node::new(config).await.unwrap().handle_fn(set).start().await.unwrap();
+    let step = async |set: Set, ends: &str| {
+        let id = db.client.enqueue(set.job().cursor("a")).await.unwrap().id;
+        let job = db.reaches(id, ends).await;
+        let state: Option<String> = value(&sql, "select state::text from cursors").await;
+        (job, state)
+    };
+    let result = |job: &pgcue::store::JobRow| job.result.as_ref().unwrap().get().to_owned();
+    let (job, state) = step(Set::Keep, "completed").await;
+    assert_eq!((result(&job).as_str(), state, job.cursor_version), ("\"None\"", None, Some(1)), "no state yet");
+    let (_, state) = step(Set::Null, "completed").await;
+    assert_eq!(state.as_deref(), Some("null"), "null is a state");
+    let (job, state) = step(Set::Number(5), "completed").await;
+    assert_eq!((result(&job).as_str(), state.as_deref()), ("\"Some(None)\"", Some("5")));
+    let (job, state) = step(Set::Keep, "completed").await;
+    assert_eq!((result(&job).as_str(), state.as_deref()), ("\"Some(Some(5))\"", Some("5")), "saying nothing keeps it");
+    assert_eq!(job.cursor_snapshot.unwrap().get(), "5");
+    let (job, state) = step(Set::FailAndKeep, "failed").await;
+    assert_eq!((state.as_deref(), job.cursor_version), (Some("5"), None));
+    let (job, state) = step(Set::FailAndSet(6), "failed").await;
+    assert_eq!((state.as_deref(), job.cursor_version), (Some("6"), Some(5)), "a failure may leave a state");
+    let (job, state) = step(Set::Large, "failed").await;
+    let error = job.error.unwrap();
+    assert_eq!(error, "the cursor state of 5002 bytes was refused: the limit is 4000 bytes (max_state)");
+    assert_eq!(state.as_deref(), Some("6"), "the state stays");
+    step(Set::Text, "completed").await;
+    let (job, state) = step(Set::Keep, "failed").await;
+    let error = job.error.unwrap();
+    assert!(error.starts_with("cursor state does not fit: invalid type: string"), "{error}");
+    assert_eq!((state.map(|s| s.len()), job.cursor_snapshot.is_none()), (Some(2002), true), "too large for a snapshot");
+    node.drain().await.unwrap();
+}
+
+#[actix::test]
+async fn a_state_that_does_not_fit_names_the_path() {
+    let db = database().await;
+    let node = db.demo_node().await.start().await.unwrap();
+    db.client.enqueue(append(1, "a")).await.unwrap();
+    let id = db.client.enqueue(NewJob::new("count", r#"{"n":1}"#).cursor("a")).await.unwrap().id;
+    let job = db.reaches(id, "failed").await;
+    assert!(job.error.unwrap().starts_with("cursor state does not fit: invalid type: sequence"));
+    assert_eq!(job.attempt, 1, "retrying would not help");
+    node.drain().await.unwrap();
+}
+
+#[actix::test]
+async fn a_drained_node_hands_its_cursors_over_at_once() {
+    let db = database().await;
+    let first = db.demo_node().await.start().await.unwrap();
+    let sleep = |ms: u64| NewJob::new("sleep", format!(r#"{{"ms":{ms}}}"#)).cursor("a");
+    let ids = db.client.enqueue_many([sleep(600), sleep(1), sleep(1)]).await.unwrap();
+    db.reaches(ids[0].id, "running").await;
+    tokio::time::sleep(Duration::from_millis(200)).await; // its handler runs, the others wait in the same run
+    let second = db.demo_node().await.start().await.unwrap();
+    first.drain().await.unwrap();
+    let drained = Timestamp::now();
+    let next = db.reaches(ids[1].id, "completed").await;
+    let after = next.started_at.unwrap().duration_since(drained);
+    println!("started {after:?} after the drain");
+    // The promise is 100 ms; slow machines get more.
+    assert!(after < jiff::SignedDuration::from_secs(2), "{after:?}");
+    assert_eq!(db.job(ids[0].id).await.attempt, 1);
+    second.drain().await.unwrap();
 }

@@ -3,6 +3,7 @@
 mod actix_facts;
 mod checker;
 mod cli;
+mod collapse;
 mod crashes;
 mod cursors;
 mod deploy;
@@ -10,6 +11,8 @@ mod enqueue;
 mod examples;
 mod handlers;
 mod model;
+mod operators;
 mod protocol;
+mod sticky;
 mod support;
 mod wakeups;
