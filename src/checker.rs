@@ -155,6 +155,9 @@ impl Checker<'_> {
             .collect();
         let effects = self.effects.as_deref().map(by_attempt);
         for ((queue, key), mut jobs) in cursors {
+            for job in jobs.iter().filter(|job| job.completed && job.version.is_none()) {
+                found.add(Rule::Versions, &key, format!("job {} completed without a version", job.id));
+            }
             jobs.retain(|job| job.version.is_some());
             jobs.sort_by_key(|job| job.version);
             let (version, state) = ends.get(&(queue, key.clone())).cloned().unwrap_or((0, None));

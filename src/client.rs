@@ -190,7 +190,9 @@ impl Within<'_> {
         let enqueued = self.collapse(&job, Collapse::Keep).await?;
         if enqueued.collapsed {
             let row = self.connection.query_typed(&self.queries.payload, &[(&enqueued.id, Type::INT8)]).await?;
-            let waiting: Json<Box<RawValue>> = row[0].get(0);
+            let gone = "the waiting job started meanwhile: call it within a transaction, which locks that job";
+            let gone = || Error::from(Fault::new("collapse_with", "not in a transaction", gone));
+            let waiting: Json<Box<RawValue>> = row.first().ok_or_else(gone)?.get(0);
             let misfit = |which: &str, why: String| Error::from(Fault::new("payload", which, why));
             let waiting = parse(waiting.0.get()).map_err(|why| misfit("of another shape in the waiting job", why))?;
             let new = parse(&job.payload).map_err(|why| misfit("of another shape", why))?;
@@ -199,8 +201,7 @@ impl Within<'_> {
             let payload = raw(&resolved.payload);
             let set = [(&enqueued.id as &(dyn ToSql + Sync), Type::INT8), (&payload, Type::JSON)];
             if self.connection.query_typed(&self.queries.set_payload, &set).await?.is_empty() {
-                let why = "the waiting job started meanwhile: call it within a transaction, which locks that job";
-                return Err(Fault::new("collapse_with", "not in a transaction", why).into());
+                return Err(gone());
             }
         }
         Ok(enqueued)

@@ -52,6 +52,11 @@ impl<M: Clone + Default> Marks<M> {
         Marks { last: M::default(), recent: M::default(), older: M::default(), turned: now, at_end: false }
     }
 
+    /// True if the last claim read to the end of the line: nobody waits behind.
+    pub fn at_end(&self) -> bool {
+        self.at_end
+    }
+
     /// How far claims have read.
     pub fn last(&self) -> &M {
         &self.last

@@ -114,7 +114,7 @@ begin
     raise exception 'pgcue: collapse_key is null: give a collapse_key or a cursor_key'
       using errcode = 'invalid_parameter_value';
   end if;
-  if collapse.on_conflict not in ('keep', 'replace', 'merge') then
+  if collapse.on_conflict in ('keep', 'replace', 'merge') is not true then
     raise exception 'pgcue: on_conflict is %: give keep, replace or merge', collapse.on_conflict
       using errcode = 'invalid_parameter_value';
   end if;
@@ -122,7 +122,7 @@ begin
   new_id := nextval('jobs_id_seq');
   insert into jobs as j (id, kind, payload, queue, priority, expected_at, run_at, max_attempts, timeout, cursor_key,
     headers, on_retry, on_failure, collapse_key)
-  values (
+  overriding system value values (
     new_id, collapse.kind, coalesce(collapse.payload, 'null'), coalesce(collapse.queue, 'default'),
     coalesce(collapse.priority, 0), coalesce(collapse.expected_at, 'infinity'),
     coalesce(collapse.run_at, now()), coalesce(collapse.max_attempts, 25),

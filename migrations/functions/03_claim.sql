@@ -13,14 +13,15 @@ begin
 end $$;
 
 -- Candidates of a claim, without locking any: the first max_jobs claimable rows of the queue's lanes,
--- by falling priority, each lane read from its mark on. Dated rows (expected_at) have no mark.
+-- by falling priority, each lane read from its mark on. Dated rows (expected_at) have no mark. at_end:
+-- nothing stands behind these candidates.
 -- A suspect (a job that lost its node) is a claim of its own, before all others: suspects are few and
 -- had reached the head of the line once. One that was lost twice waits until the lease holds no other.
 create or replace function read_line(
   lease bigint, queue text, kinds text[], max_jobs int, cutoff timestamptz,
   inout lanes smallint[], inout marks bigint[],
   out tids tid[], out keys text[], out at_lane smallint[], out at_pos bigint[], out suspect smallint,
-  out took_ms float8
+  out took_ms float8, out at_end boolean
 )
 language plpgsql set search_path from current as $$
 #variable_conflict use_column
@@ -44,11 +45,14 @@ begin
     return;
   end if;
 
-  suspect := 0; tids := '{}'; keys := '{}'; at_lane := '{}'; at_pos := '{}';
+  suspect := 0; tids := '{}'; keys := '{}'; at_lane := '{}'; at_pos := '{}'; at_end := true;
   for lane in
     select distinct l.priority from lanes l where l.queue = read_line.queue order by l.priority desc
   loop
-    exit when cardinality(tids) >= read_line.max_jobs;
+    if cardinality(tids) >= read_line.max_jobs then
+      at_end := false;
+      exit;
+    end if;
     mark := coalesce(read_line.marks[array_position(read_line.lanes, lane)], 0);
     select array_agg(s.tid) as tids, array_agg(s.cursor_key) as keys, array_agg(s.pos) as pos, count(*)::int as n
       into seen
@@ -71,6 +75,7 @@ begin
       new_marks := new_marks || line_end;
     else
       new_marks := new_marks || coalesce(seen.pos[seen.n], mark);
+      at_end := false;
     end if;
     if seen.n > 0 then
       tids := tids || seen.tids;
@@ -87,7 +92,7 @@ end $$;
 -- Claim up to max_jobs jobs of one queue for a living lease. The token is drawn by the caller, so that
 -- a lost reply can be resolved by it. Three sorts of rows come back. First, with no id and no cursor_key,
 -- a row for each lane that was read: where the next claim goes on reading it (a hint; without marks a
--- lane is read from its start), whether rows were seen that another transaction held (look again soon),
+-- lane is read from its start), whether rows were seen that another transaction held (look again soon), whether nothing stands behind,
 -- and in waited_ms how long all the reading took. Then, with no id, each cursor that is owned now. Then
 -- the jobs in the order in which they should start; those of one cursor stand together and are one run of
 -- up to run_length jobs, or up to longest_run when few cursors share the claim. Of the rows of busy
@@ -96,7 +101,7 @@ create or replace function claim_lanes(
   lease bigint, token bigint, queue text, kinds text[], max_jobs int, run_length int,
   lanes smallint[], marks bigint[], longest_run int default null, to_park int default 1000
 ) returns table (
-  priority smallint, mark bigint, contended boolean,
+  priority smallint, mark bigint, contended boolean, at_end boolean,
   id bigint, tid tid, kind text, payload json, attempt smallint, max_attempts smallint, timeout_ms bigint,
   headers json, waited_ms float8, on_retry on_retry, on_failure on_failure,
   cursor_key text, cursor_state json, cursor_version bigint, cursor_turn bigint
@@ -112,6 +117,7 @@ declare
   ids bigint[];
   line_lanes smallint[];
   line_marks bigint[];
+  seen tid[];
   may_park int := claim_lanes.to_park;
   reads int := greatest(10, 1000 / claim_lanes.max_jobs); -- so often it reads past busy cursors
 begin
@@ -140,19 +146,23 @@ begin
       for update of j skip locked
     )
     select coalesce(array_agg(l.tid), '{}'), array_agg(l.id) into chosen, ids from locked l;
-    contended := cardinality(chosen) < cardinality(array_positions(line.keys, null));
+    contended := contended or cardinality(chosen) < cardinality(array_positions(line.keys, null));
 
     select null::tid[] as tids, null::bigint[] as ids, null::text[] as owned, null::int as left_at into runs;
     exit when cardinality(array_remove(line.keys, null)) = 0;
     runs := own_cursors(claim_lanes.token, claim_lanes.queue, claim_lanes.kinds, cutoff, line.tids, line.keys,
       line.suspect > 0, claim_lanes.max_jobs - cardinality(chosen), claim_lanes.run_length,
-      coalesce(claim_lanes.longest_run, claim_lanes.run_length), may_park);
+      coalesce(claim_lanes.longest_run, claim_lanes.run_length), greatest(may_park, line.suspect::int));
     may_park := runs.to_park;
     contended := contended or runs.contended;
     chosen := chosen || runs.tids;
     ids := ids || runs.ids;
     -- All that was met belongs to busy cursors: others may stand behind.
-    exit when cardinality(chosen) > 0 or line.lanes is null;
+    exit when cardinality(chosen) > 0;
+    -- A suspect, or dated jobs, which have no mark to read past: look again when others have moved on.
+    contended := contended or line.lanes is null or line.tids is not distinct from seen;
+    exit when line.lanes is null or line.tids is not distinct from seen;
+    seen := line.tids;
     line_lanes := line.lanes;
     line_marks := line.marks;
     contended := contended or again = reads;
@@ -164,7 +174,7 @@ begin
       case when runs.left_at is null or l.lane > line.at_lane[runs.left_at] then l.mark
         when l.lane = line.at_lane[runs.left_at] and line.at_pos[runs.left_at] is not null then line.at_pos[runs.left_at] - 1
         else coalesce(line_marks[array_position(line_lanes, l.lane)], 0) end,
-      contended, null::bigint, null::tid, null::text, null::json, null::smallint, null::smallint, null::bigint,
+      contended, line.at_end and runs.left_at is null, null::bigint, null::tid, null::text, null::json, null::smallint, null::smallint, null::bigint,
       null::json, line.took_ms, null::on_retry, null::on_failure, null::text, null::json, null::bigint, null::bigint
     -- A claim of a suspect reads no lane, and has one row to say if it was contended.
     from unnest(coalesce(line.lanes, array[null::smallint]), coalesce(line.marks, array[null::bigint])) l(lane, mark);
@@ -175,7 +185,7 @@ begin
     values (claim_lanes.token, claim_lanes.lease, claim_lanes.queue, ids, cardinality(ids), line.suspect);
   if runs.owned is not null then
     return query
-      select null::smallint, null::bigint, null::boolean, null::bigint, null::tid, null::text, null::json,
+      select null::smallint, null::bigint, null::boolean, null::boolean, null::bigint, null::tid, null::text, null::json,
         null::smallint, null::smallint, null::bigint, null::json, null::float8, null::on_retry, null::on_failure,
         c.key, c.state, c.version, c.turn
       from unnest(runs.owned) o(key)
@@ -187,7 +197,7 @@ begin
     update jobs j set token = claim_lanes.token, attempt = attempt + 1, started_at = cutoff, collapse_key = null
     from unnest(chosen) t(tid)
     where j.ctid = t.tid
-    returning null::smallint, null::bigint, null::boolean, j.id, j.ctid, j.kind, j.payload, j.attempt, j.max_attempts,
+    returning null::smallint, null::bigint, null::boolean, null::boolean, j.id, j.ctid, j.kind, j.payload, j.attempt, j.max_attempts,
       (extract(epoch from j.timeout) * 1000)::bigint, j.headers,
       (extract(epoch from cutoff - greatest(j.run_at, j.created_at)) * 1000)::float8, j.on_retry, j.on_failure,
       j.cursor_key, null::json, null::bigint, null::bigint;

@@ -67,7 +67,9 @@ begin
     ) b
     limit take_runs.room
   ), free as materialized (
-    select m.*, m.run_at <= take_runs.cutoff and coalesce(m.kind = any(take_runs.kinds), true)
+    -- The ctid as it is now: an edit may have moved the row since it was read.
+    select m.n, m.cursor_tid, m.hold, m.step, j.ctid as tid, m.id, m.rank, m.expected_at,
+      m.run_at <= take_runs.cutoff and coalesce(m.kind = any(take_runs.kinds), true)
       and case when take_runs.suspect then m.step = 1 else m.losses = 0 end as fits
     from mine m join jobs j on j.ctid = m.tid
     where j.token is null and j.stage <> 'scheduled' for update of j skip locked
@@ -147,21 +149,31 @@ begin
     where (t.key in (select b.key from busy b) or t.key in (select unnest(park.owned)))
       and t.tid not in (select unnest(park.run_tids)) and j.id not in (select h.id from heads h)
       and j.stage in ('ready', 'suspect') and j.token is null
+      and j.collapse_key is null -- producers may lock it: see pass_on
     limit park.max_jobs for update of j skip locked
   ), moved as (
     update jobs j set stage = 'blocked' from waiting w where j.ctid = w.tid returning 1
   ), lowered as (
     update cursors c set mark = row(-40000, '-infinity', 0), next_mark = row(-40000, '-infinity', 0)
-    from (select b.tid from busy b join waiting w on w.key = b.key
-      where (w.place).rank = (b.mark).rank and (w.place).expected_at = (b.mark).expected_at and (w.place).id < (b.mark).id
-      group by b.tid) b
+    from (
+      select b.tid from unnest(park.tids, park.keys) t(tid, key) join busy b on b.key = t.key join jobs j on j.ctid = t.tid
+      where -(j.priority::int) = (b.mark).rank and j.expected_at = (b.mark).expected_at and j.id < (b.mark).id
+      group by b.tid
+    ) b
     where c.ctid = b.tid
   )
   select (select count(*) from moved), count(b.key) < coalesce(cardinality(park.rest), 0) or coalesce(bool_or(b.free and b.hold is null), false)
     into parked, contended from busy b;
 end $$;
 
--- Make the cursors that do not exist, in the order of their keys. Returns how many.
+-- Whoever makes a cursor holds this advisory lock, so that no claim ever waits for another one's cursors.
+create or replace function making_lock(queue text, key text, out class int, out bucket int)
+language sql stable set search_path from current as $$
+  select hashtext('pgcue.' || current_schema()), 100 + (hashtext(making_lock.queue || making_lock.key) & 63)
+$$;
+
+-- Make the cursors that do not exist, but for those whose like another transaction makes at this instant.
+-- Returns how many.
 create or replace function make_cursors(queue text, keys text[]) returns bigint
 language sql set search_path from current as $$
   with made as (
@@ -170,7 +182,9 @@ language sql set search_path from current as $$
     from unnest(make_cursors.keys) k(key) left join lateral (
       select true as known from cursors c where c.queue = make_cursors.queue and c.key = k.key order by c.turn desc limit 1
     ) c on true
-    where known is null order by k.key on conflict do nothing
+    where known is null
+      and (select pg_try_advisory_xact_lock(m.class, m.bucket) from making_lock(make_cursors.queue, k.key) m)
+    order by k.key on conflict do nothing
     returning queue, key
   ), rows as (
     insert into cursors (queue, key) select queue, key from made returning 1
@@ -192,6 +206,7 @@ declare
     where k.key is not null group by k.key order by min(k.n));
   runs record;
   rest text[];
+  taken tid[];
 begin
   contended := false;
   if room <= 0 then
@@ -205,13 +220,18 @@ begin
   left_at := array_position(own_cursors.keys, runs.no_room[1]);
   if rest <> '{}' then
     room := room - coalesce(cardinality(ids), 0);
-    if make_cursors(own_cursors.queue, rest) > 0 and room > 0 then
+    if make_cursors(own_cursors.queue, rest) = 0 then
+      -- All of them are there: they are busy.
+    elsif room <= 0 then
+      left_at := least(left_at, (select min(k.n)::int from unnest(own_cursors.keys) with ordinality k(key, n)
+        where (k.key in (select unnest(rest))) is true));
+    else
       met := array(select m.key from unnest(met) with ordinality m(key, n)
         where (m.key in (select unnest(rest))) is true order by m.n);
-      tids := runs.run_tids;
+      taken := runs.run_tids;
       runs := take_runs(own_cursors.token, own_cursors.queue, own_cursors.kinds, own_cursors.cutoff, met,
         own_cursors.suspect, room, own_cursors.run_length, own_cursors.longest_run);
-      runs.run_tids := tids || runs.run_tids;
+      runs.run_tids := taken || runs.run_tids;
       ids := ids || runs.ids; owned := owned || runs.owned; rest := runs.rest;
       left_at := least(left_at, array_position(own_cursors.keys, runs.no_room[1]));
     end if;
@@ -225,34 +245,44 @@ end $$;
 
 -- Put the head of each free cursor's mailbox back in the line, at its end. Every path that removes or
 -- moves a job of a cursor ends here, holding the cursor's row lock. A held cursor waits for its job.
+-- A head that a producer has locked (collapse edits jobs that wait) is in the line, for such jobs are never
+-- parked: then this does not wait for the producer, and a later full pass finds it.
 create or replace function pass_on(queues text[], keys text[]) returns void
 language plpgsql set search_path from current as $$
 #variable_conflict use_column
 begin
-  update jobs j
-    set stage = case when j.losses > 0 then 'suspect' else 'ready' end::stage, pos = nextval('line')
-    where j.id = any(array(
-      select h.id
+  with heads as materialized (
+      select h.id, h.tid, h.stage
       from unnest(pass_on.queues, pass_on.keys) k(queue, key)
       cross join lateral (
         select c.hold, c.mark, c.owner is null and c.halted_at is null as free from cursors c
         where c.queue = k.queue and c.key = k.key order by c.turn desc limit 1
       ) c
       cross join lateral (
-        (select m.id, m.token, m.stage from jobs m where m.id = c.hold)
+        (select m.id, m.ctid as tid, m.token, m.stage from jobs m where m.id = c.hold)
         union all
-        (select m.id, m.token, m.stage from jobs m
+        (select m.id, m.ctid, m.token, m.stage from jobs m
           where m.queue = k.queue and m.cursor_key = k.key and m.stage <> 'scheduled'
             and (-(m.priority::int), m.expected_at) < ((c.mark).rank, (c.mark).expected_at)
           order by -(m.priority::int), m.expected_at, m.id limit 1)
         union all
-        (select m.id, m.token, m.stage from jobs m
+        (select m.id, m.ctid, m.token, m.stage from jobs m
           where m.queue = k.queue and m.cursor_key = k.key and m.stage <> 'scheduled'
             and (-(m.priority::int), m.expected_at, m.id) >= ((c.mark).rank, (c.mark).expected_at, (c.mark).id)
           order by -(m.priority::int), m.expected_at, m.id limit 1)
         limit 1
       ) h
-      where c.free and h.token is null and h.stage <> 'scheduled'));
+      where c.free and h.token is null and h.stage <> 'scheduled'
+  ), moves as materialized (
+    select h.id from heads h where h.stage = 'blocked'
+    union all
+    select l.id from heads h cross join lateral (
+      select j.id from jobs j where j.ctid = h.tid and j.token is null for update skip locked
+    ) l where h.stage <> 'blocked'
+  )
+  update jobs j
+    set stage = case when j.losses > 0 then 'suspect' else 'ready' end::stage, pos = nextval('line')
+    where j.id = any(array(select m.id from moves m));
 end $$;
 
 -- Move the horizon: called with what the last call returned, by any number of nodes. An id is drawn by a

@@ -11,6 +11,7 @@ begin
   perform require_read_committed();
   select j.queue, j.cursor_key into job from jobs j where j.id = cancel.id;
   if job.cursor_key is not null then
+    perform pg_advisory_xact_lock(m.class, m.bucket) from making_lock(job.queue, job.cursor_key) m;
     perform make_cursors(job.queue, array[job.cursor_key]);
     perform lock_cursor(job.queue, job.cursor_key);
   end if;
@@ -43,6 +44,7 @@ begin
   perform require_read_committed();
   -- A claim in flight may be about to make it: then this waits for the claim.
   if exists (select from jobs j where j.queue = lock_cursor.queue and j.cursor_key = lock_cursor.key and j.stage <> 'scheduled') then
+    perform pg_advisory_xact_lock(m.class, m.bucket) from making_lock(lock_cursor.queue, lock_cursor.key) m;
     perform make_cursors(lock_cursor.queue, array[lock_cursor.key]);
   end if;
   select * into cursor from cursors c
@@ -259,6 +261,11 @@ declare
   cutoff timestamptz := clock_timestamp();
   queues text[];
 begin
+  -- Every cursor that is concerned must be there to be locked.
+  perform make_cursors(d.queue, array_agg(distinct d.key)) from (
+    select j.queue, j.cursor_key as key from jobs j
+    where j.stage = 'scheduled' and j.run_at <= cutoff order by j.run_at limit promote.max_jobs
+  ) d where d.key is not null group by d.queue;
   with due as materialized (
     select j.ctid as tid, j.id, j.queue, j.cursor_key as key from jobs j
     where j.stage = 'scheduled' and j.run_at <= cutoff order by j.run_at limit promote.max_jobs
@@ -278,12 +285,11 @@ begin
     -- It may enter the mailbox before the mark; a held job is found by its id.
     update cursors c set mark = row(-40000, '-infinity', 0), next_mark = row(-40000, '-infinity', 0)
     from free f join keys k on k.queue = f.queue and k.key = f.key
-    where c.ctid = f.tid and (c.mark).id > 0 and k.ids <> array[coalesce(f.hold, 0)]
+    where c.ctid = f.tid and ((c.mark).id > 0 or (c.next_mark).id > 0) and k.ids <> array[coalesce(f.hold, 0)]
   ), locked as materialized (
     select j.ctid as tid from due d join jobs j on j.ctid = d.tid
     where j.stage = 'scheduled'
-      and (d.key is null or (d.queue, d.key) in (select f.queue, f.key from free f)
-        or (d.queue, d.key) not in (select k.queue, k.key from known k))
+      and (d.key is null or (d.queue, d.key) in (select f.queue, f.key from free f))
     for update of j skip locked
   ), moved as (
     update jobs j set stage = case when j.losses > 0 then 'suspect' else 'ready' end::stage, pos = nextval('line')
@@ -293,6 +299,9 @@ begin
   perform wake(q) from unnest(queues) q;
   due_in_ms := (select extract(epoch from j.run_at - clock_timestamp()) * 1000 from jobs j
     where j.stage = 'scheduled' order by j.run_at limit 1);
+  if promoted = 0 and due_in_ms < 100 then
+    due_in_ms := 100; -- what is due is locked
+  end if;
 end $$;
 
 -- Keep history: partitions of a day for a week ahead, made standalone and attached; days older than

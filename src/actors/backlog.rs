@@ -10,7 +10,7 @@ use actix::Recipient;
 use tokio::sync::Notify;
 
 use super::messages::Collect;
-use crate::store::{ClaimedRun, EndedRun};
+use crate::store::{ClaimedJob, ClaimedRun, EndedRun};
 
 /// Claimed runs, in order.
 #[derive(Default)]
@@ -64,6 +64,12 @@ impl Backlog {
         let runs = std::mem::take(&mut *lock(&self.runs));
         self.jobs.fetch_sub(runs.iter().map(|run| run.jobs.len()).sum(), Ordering::AcqRel);
         runs
+    }
+
+    /// Jobs that are cancelled before they start do not.
+    pub(crate) fn cancel_if(&self, which: impl Fn(&ClaimedJob) -> bool) {
+        let runs = lock(&self.runs);
+        runs.iter().flat_map(|run| &run.jobs).filter(|job| which(job)).for_each(|job| job.meta.cancelled.cancel());
     }
 
     /// Slots end when they next look for a run.

@@ -129,12 +129,13 @@ fn settle_all<'a>(store: &'a Store, mut batch: Vec<EndedRun>, lease: &'a Lease) 
         tracing::error!(%error, job = batch[0].jobs[0].id, jobs = jobs(&batch), "the database refuses what these jobs left");
         let why = format!("what it left cannot be stored: {error}");
         let verdict = Verdict { outcome: Settled::Failed, error: Some(why), ..Default::default() };
-        if batch[0].jobs[0].verdict == verdict {
+        if batch[0].jobs.iter().filter(|job| job.verdict.outcome.is_final()).all(|job| job.verdict == verdict) {
             return jobs(&batch); // not even that: the lease will run out
         }
         for run in &mut batch {
-            run.cursor = run.cursor.take().map(|fold| Fold::new(fold.cursor));
-            for job in &mut run.jobs {
+            // Not whole: what its actor remembers is not what is stored.
+            run.cursor = run.cursor.take().map(|fold| Fold { whole: false, hold: fold.hold, ..Fold::new(fold.cursor) });
+            for job in run.jobs.iter_mut().filter(|job| job.verdict.outcome.is_final()) {
                 job.verdict = verdict.clone();
                 (job.snapshot, job.version) = (None, None);
             }

@@ -131,6 +131,8 @@ impl Dispatcher {
         let marks = if full { self.rest.passes.from() } else { self.rest.marks.next() };
         let (queue, kinds, pool) = (Arc::clone(&self.queue), Arc::clone(&self.kinds), self.pool.clone());
         let (store, lease, run_length) = (self.store.clone(), self.lease.clone(), self.run_length);
+        // While others wait in the line, no cursor gets more than its share.
+        let longest_run = if self.rest.marks.at_end() { pacing::MAX_CLAIM } else { run_length };
         let pass = async move {
             let Some(lease_id) = lease.id() else { return Pass::NoLease };
             let Ok(wanted) = pool.send(Demand).await else { return Pass::Full };
@@ -145,7 +147,7 @@ impl Dispatcher {
                 kinds: &kinds,
                 max_jobs: wanted.jobs,
                 run_length: pacing::run_length(wanted.mean_run, run_length),
-                longest_run: pacing::run_length(wanted.mean_run, pacing::MAX_CLAIM),
+                longest_run: pacing::run_length(wanted.mean_run, longest_run),
                 to_park: if full { MAX_PARKED } else { 0 },
                 marks: &marks,
             };
@@ -199,7 +201,7 @@ impl Dispatcher {
                     self.bell.wake_scheduler(Cause::Tick);
                 }
                 if !claimed.marks.is_empty() && (!full || ended) {
-                    self.rest.marks.read(now, claimed.marks, found < wanted);
+                    self.rest.marks.read(now, claimed.marks, claimed.at_end);
                 }
                 if found > 0 {
                     self.start(claimed.runs, found);

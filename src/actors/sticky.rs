@@ -1,9 +1,10 @@
 //! Actors that stay with a cursor between its runs, so that what they remember need not be built anew.
 //!
-//! A kept actor is used again if and only if its node took the cursor's very next turn: then nobody else
-//! has touched the cursor since. It is parted with when somebody has, when a job of it did not complete
+//! A kept actor is used again if and only if its node took the cursor's very next turn, and the cursor is
+//! at the version that the actor left: then nobody else has touched the cursor since. It is parted with when somebody has, when a job of it did not complete
 //! (what it remembers may be ahead of the state), when it was idle for long, when the lease is lost and
-//! when the node drains; and it is told, with [`CursorLeft`].
+//! when the node drains; and it is told, with [`CursorLeft`]
+//! (but for one whose slot is given up with its blocked thread).
 
 use std::any::{Any, TypeId};
 use std::collections::HashMap;
@@ -40,17 +41,20 @@ pub enum Parting {
 
 /// The address of an actor of some type.
 pub(crate) struct Kept {
+    /// The cursor's version that it knows.
+    pub(crate) version: i64,
     address: Box<dyn Any + Send>,
     is_connected: fn(&dyn Any) -> bool,
     tell: fn(&dyn Any, CursorLeft),
 }
 
 impl Kept {
-    pub(crate) fn new<A>(address: Addr<A>) -> Self
+    pub(crate) fn new<A>(address: Addr<A>, version: i64) -> Self
     where
         A: Actor<Context = Context<A>> + Handler<CursorLeft>,
     {
         Kept {
+            version,
             address: Box::new(address),
             is_connected: |address| address.downcast_ref::<Addr<A>>().is_some_and(Addr::connected),
             tell: |address, left| address.downcast_ref::<Addr<A>>().into_iter().for_each(|a| a.do_send(left.clone())),

@@ -53,7 +53,7 @@ enum Source {
 trait StickyKind: Send + Sync {
     /// The actor's type: kinds that share it share the actor.
     fn actor(&self) -> TypeId;
-    fn start(&self, key: &str) -> Kept;
+    fn start(&self, key: &str, version: i64) -> Kept;
     /// None if the actor is of another type.
     fn runner(&self, kept: &Kept) -> Option<Box<dyn Runner>>;
 }
@@ -71,8 +71,8 @@ where
         TypeId::of::<A>()
     }
 
-    fn start(&self, key: &str) -> Kept {
-        Kept::new((self.factory)(key).start())
+    fn start(&self, key: &str, version: i64) -> Kept {
+        Kept::new((self.factory)(key).start(), version)
     }
 
     fn runner(&self, kept: &Kept) -> Option<Box<dyn Runner>> {
@@ -244,14 +244,17 @@ impl Runners {
         self.cursor = cursor.map(|cursor| (Arc::clone(&cursor.key), cursor.turn));
     }
 
+    /// An attempt did not complete: what sticky actors remember may be ahead of the state.
+    pub(crate) fn doubt(&mut self) {
+        if let Some((key, _)) = &self.cursor {
+            self.held.drain().for_each(|(_, kept)| kept.part(Arc::clone(key), Parting::Failed));
+        }
+    }
+
     /// The run has ended: its sticky actors wait for the cursor's next turn.
-    pub(crate) fn leave(&mut self, completed: bool) {
-        let Some((key, turn)) = self.cursor.take() else { return };
-        for (actor, kept) in self.held.drain() {
-            match completed {
-                true => self.sticky.keep(actor, Arc::clone(&key), turn, kept),
-                false => kept.part(Arc::clone(&key), Parting::Failed),
-            }
+    pub(crate) fn leave(&mut self) {
+        if let Some((key, turn)) = self.cursor.take() {
+            self.held.drain().for_each(|(actor, kept)| self.sticky.keep(actor, Arc::clone(&key), turn, kept));
         }
     }
 
@@ -276,9 +279,7 @@ impl Runners {
         };
         cancelled.cancel();
         self.built.remove(&kind);
-        if let Some((key, _)) = &self.cursor {
-            self.held.drain().for_each(|(_, kept)| kept.part(Arc::clone(key), Parting::Failed));
-        }
+        self.doubt();
         tokio::time::sleep(self.budget.spend(Instant::now())).await;
         (end, Some(cause))
     }
@@ -297,9 +298,19 @@ impl Runners {
                 let Some((key, turn)) = &self.cursor else {
                     return Err(End::Rejected("its handler is an actor of a cursor; enqueue it with a cursor".into()));
                 };
-                let kept = self.held.entry(sticky.actor()).or_insert_with(|| {
-                    self.sticky.take(sticky.actor(), key, *turn).unwrap_or_else(|| sticky.start(key))
-                });
+                let (actor, version) = (sticky.actor(), meta.cursor_version.unwrap_or_default());
+                let held = self.held.remove(&actor).or_else(|| self.sticky.take(actor, key, *turn));
+                let kept = match held {
+                    Some(kept) if kept.version == version => kept,
+                    held => {
+                        // Another handler has changed the state meanwhile.
+                        held.into_iter().for_each(|kept| kept.part(Arc::clone(key), Parting::Elsewhere));
+                        sticky.start(key, version)
+                    }
+                };
+                let kept = self.held.entry(actor).or_insert(kept);
+                kept.version = version + 1; // as it will be when the job completes
+
                 let runner = sticky.runner(kept);
                 Ok(runner.expect("kept actors are found by their type").run(payload, meta))
             }

@@ -87,12 +87,11 @@ impl Current {
         }
     }
 
-    /// Tell the running handler to stop, if `which` says so.
-    pub(crate) fn cancel_if(&self, which: impl FnOnce(&ClaimedJob) -> bool) {
+    /// Tell running handlers to stop, and jobs of the run that have not started not to, if `which` says so.
+    pub(crate) fn cancel_if(&self, which: impl Fn(&ClaimedJob) -> bool) {
         let current = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(attempt) = current.as_ref().filter(|a| which(&a.job)) {
-            attempt.job.meta.cancelled.cancel();
-        }
+        let jobs = current.iter().flat_map(|attempt| std::iter::once(&attempt.job).chain(&attempt.run.rest));
+        jobs.filter(|job| which(job)).for_each(|job| job.meta.cancelled.cancel());
     }
 }
 
@@ -148,6 +147,11 @@ impl Progress {
         step.is_none_or(|step| step.goes_on)
     }
 
+    /// Whether the last attempt completed.
+    fn completed(&self) -> bool {
+        self.done.jobs.last().is_some_and(|job| job.verdict.outcome == Settled::Completed)
+    }
+
     /// Nothing more of it starts here: the rest is given back.
     pub(crate) fn finish(mut self, handlers: &Handlers) -> EndedRun {
         while let Some(job) = self.rest.pop_front() {
@@ -193,6 +197,13 @@ async fn execute(run: ClaimedRun, shared: &Shared, current: &Current, runners: &
     runners.enter(run.cursor.as_ref());
     let mut run = Progress::begin(run, &shared.queue);
     while let Some(mut job) = run.next() {
+        if job.meta.cancelled.is_cancelled() {
+            // Cancelled, or taken back, before it started.
+            if run.ended(job, End::Released, None, &shared.handlers) {
+                continue;
+            }
+            break;
+        }
         let meta = job.meta.clone();
         let payload = std::mem::take(&mut job.payload);
         let limit = shared.handlers.limit(&job);
@@ -207,11 +218,14 @@ async fn execute(run: ClaimedRun, shared: &Shared, current: &Current, runners: &
         }
         run = attempt.run;
         shared.ran(started.elapsed());
-        if !run.ended(attempt.job, end, Some(started), &shared.handlers) {
+        let goes_on = run.ended(attempt.job, end, Some(started), &shared.handlers);
+        if !run.completed() {
+            runners.doubt();
+        }
+        if !goes_on {
             break;
         }
     }
-    let ended = run.finish(&shared.handlers);
-    runners.leave(ended.jobs.iter().all(|job| job.verdict.outcome == Settled::Completed));
-    Some(ended)
+    runners.leave();
+    Some(run.finish(&shared.handlers))
 }

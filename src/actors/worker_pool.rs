@@ -20,7 +20,7 @@ use crate::config::QueueConfig;
 use crate::lifecycle::End;
 use crate::metrics::Metrics;
 use crate::pacing;
-use crate::store::ClaimedRun;
+use crate::store::{ClaimedJob, ClaimedRun};
 
 /// How often the pool looks for slots that are stuck.
 const PATROL: Duration = Duration::from_millis(250);
@@ -175,9 +175,9 @@ impl Handler<Cancel> for WorkerPool {
     type Result = ();
 
     fn handle(&mut self, Cancel(ids): Cancel, _: &mut Self::Context) {
-        for slot in &self.slots {
-            slot.current.cancel_if(|job| ids.contains(&job.meta.id));
-        }
+        let concerned = |job: &ClaimedJob| ids.contains(&job.meta.id);
+        self.shared.backlog.cancel_if(concerned);
+        self.slots.iter().for_each(|slot| slot.current.cancel_if(concerned));
     }
 }
 

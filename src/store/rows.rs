@@ -54,6 +54,8 @@ pub struct Claimed {
     pub marks: Vec<Mark>,
     /// True if rows were seen that another transaction held.
     pub contended: bool,
+    /// True if nothing stands in the line behind what was read.
+    pub at_end: bool,
     /// How long the database read the line.
     pub reading: Duration,
 }
@@ -115,24 +117,26 @@ impl Claimed {
             runs: Vec::with_capacity(rows.len()),
             marks: Vec::new(),
             contended: false,
+            at_end: false,
             reading: Duration::ZERO,
         };
         let mut cursors: HashMap<Arc<str>, OwnedCursor> = HashMap::new();
         for row in rows {
-            let key: Option<&str> = row.get(14);
-            match (row.get::<_, Option<i64>>(3), key) {
+            let key: Option<&str> = row.get(15);
+            match (row.get::<_, Option<i64>>(4), key) {
                 (None, None) => {
                     if let Some(priority) = row.get(0) {
                         claimed.marks.push(Mark { priority, pos: row.get(1) });
                     }
                     claimed.contended |= row.get::<_, bool>(2);
-                    let reading = row.get::<_, Option<f64>>(11).unwrap_or_default();
+                    claimed.at_end |= row.get::<_, Option<bool>>(3).unwrap_or_default();
+                    let reading = row.get::<_, Option<f64>>(12).unwrap_or_default();
                     claimed.reading = Duration::from_secs_f64(reading.max(0.0) / 1000.0);
                 }
                 (None, Some(key)) => {
                     let key: Arc<str> = key.into();
-                    let state = json(row, 15).map(Arc::from);
-                    let cursor = OwnedCursor { key: Arc::clone(&key), state, version: row.get(16), turn: row.get(17) };
+                    let state = json(row, 16).map(Arc::from);
+                    let cursor = OwnedCursor { key: Arc::clone(&key), state, version: row.get(17), turn: row.get(18) };
                     cursors.insert(key, cursor);
                 }
                 (Some(id), key) => match (claimed.runs.last_mut(), key) {
@@ -159,28 +163,28 @@ impl Claimed {
 }
 
 fn job(row: &Row, id: i64, cursor_key: Option<Arc<str>>, claim: &Claim<'_>) -> ClaimedJob {
-    let kind: &str = row.get(5);
+    let kind: &str = row.get(6);
     ClaimedJob {
         meta: Meta {
             id,
             // The node asked for these kinds: share its strings.
             kind: claim.kinds.iter().find(|k| ***k == *kind).map_or_else(|| kind.into(), Arc::clone),
             queue: Arc::clone(claim.queue),
-            attempt: row.get::<_, i16>(7) as u16,
-            max_attempts: row.get::<_, i16>(8) as u16,
-            headers: json(row, 10).map(Arc::from),
+            attempt: row.get::<_, i16>(8) as u16,
+            max_attempts: row.get::<_, i16>(9) as u16,
+            headers: json(row, 11).map(Arc::from),
             cursor_key,
             cursor_state: None,
             cursor_version: None,
             cancelled: CancellationToken::new(),
         },
-        payload: json(row, 6).unwrap_or("null").into(),
-        tid: row.get(4),
+        payload: json(row, 7).unwrap_or("null").into(),
+        tid: row.get(5),
         token: claim.token,
-        timeout: row.get::<_, Option<i64>>(9).map(|ms| Duration::from_millis(ms.max(1) as u64)),
-        waited: Duration::from_secs_f64(row.get::<_, f64>(11).max(0.0) / 1000.0),
-        on_retry: if row.get(12) { OnRetry::Pass } else { OnRetry::Hold },
-        on_failure: if row.get(13) { OnFailure::Halt } else { OnFailure::Continue },
+        timeout: row.get::<_, Option<i64>>(10).map(|ms| Duration::from_millis(ms.max(1) as u64)),
+        waited: Duration::from_secs_f64(row.get::<_, f64>(12).max(0.0) / 1000.0),
+        on_retry: if row.get(13) { OnRetry::Pass } else { OnRetry::Hold },
+        on_failure: if row.get(14) { OnFailure::Halt } else { OnFailure::Continue },
     }
 }
 

@@ -199,8 +199,8 @@ enum Set {
     Text,
     Keep,
     Large,
-    FailAndKeep,
-    FailAndSet(i64),
+    Fail,
+    FailWith(i64),
 }
 
 impl Task for Set {
@@ -220,8 +220,8 @@ async fn set(job: Job<Set>) -> JobResult {
         Set::Text => Outcome::Complete.with_state(&"x".repeat(2000))?,
         Set::Keep => Outcome::Complete,
         Set::Large => Outcome::Complete.with_state(&"x".repeat(5000))?,
-        Set::FailAndKeep => Outcome::Fail("as asked".into()),
-        Set::FailAndSet(n) => Outcome::Fail("as asked".into()).with_state(&n)?,
+        Set::Fail => Outcome::Fail("as asked".into()),
+        Set::FailWith(n) => Outcome::Fail("as asked".into()).with_state(&n)?,
     };
     outcome.with_result(&format!("{before:?}"))
 }
@@ -248,9 +248,9 @@ async fn the_state_is_what_the_last_finished_job_said() {
     let (job, state) = step(Set::Keep, "completed").await;
     assert_eq!((result(&job).as_str(), state.as_deref()), ("\"Some(Some(5))\"", Some("5")), "saying nothing keeps it");
     assert_eq!(job.cursor_snapshot.unwrap().get(), "5");
-    let (job, state) = step(Set::FailAndKeep, "failed").await;
+    let (job, state) = step(Set::Fail, "failed").await;
     assert_eq!((state.as_deref(), job.cursor_version), (Some("5"), None));
-    let (job, state) = step(Set::FailAndSet(6), "failed").await;
+    let (job, state) = step(Set::FailWith(6), "failed").await;
     assert_eq!((state.as_deref(), job.cursor_version), (Some("6"), Some(5)), "a failure may leave a state");
     let (job, state) = step(Set::Large, "failed").await;
     let error = job.error.unwrap();
@@ -294,4 +294,48 @@ async fn a_drained_node_hands_its_cursors_over_at_once() {
     assert!(after < jiff::SignedDuration::from_secs(2), "{after:?}");
     assert_eq!(db.job(ids[0].id).await.attempt, 1);
     second.drain().await.unwrap();
+}
+
+#[actix::test]
+async fn a_job_that_falls_due_while_its_cursor_runs_is_not_behind_the_mark() {
+    let db = database().await;
+    let sql = db.sql().await;
+    let setup = "select enqueue('noop', cursor_key => 'a', run_at => now() + interval '20 ms'); select enqueue('noop', cursor_key => 'a');
+        select move_horizon(1000, '{}')";
+    sql.batch_execute(setup).await.unwrap();
+    let claim = async || sql.query_one("select id, token from claim()", &[]).await.unwrap();
+    let row = claim().await;
+    assert_eq!(row.get::<_, i64>(0), 2);
+    sql.batch_execute("select pg_sleep(0.03); select promote(10)").await.unwrap();
+    sql.batch_execute(&format!("select settle(2, {})", row.get::<_, i64>(1))).await.unwrap();
+    assert_eq!(claim().await.get::<_, i64>(0), 1, "though its id is smaller than what was settled");
+}
+
+#[actix::test]
+async fn no_claim_waits_for_a_transaction_that_makes_the_same_cursor() {
+    let db = database().await;
+    let (one, two) = (db.sql().await, db.sql().await);
+    db.client.enqueue_many([append(1, "a"), append(2, "a"), NewJob::new("noop", "1")]).await.unwrap();
+    one.batch_execute("begin; select claim()").await.unwrap();
+    two.batch_execute("set lock_timeout = '2 s'").await.unwrap();
+    let kinds = two.query("select kind from claim(max_jobs => 10)", &[]).await.unwrap();
+    assert_eq!(kinds.iter().map(|row| row.get(0)).collect::<Vec<String>>(), ["noop"]);
+    one.batch_execute("rollback").await.unwrap();
+    assert_eq!(two.query("select claim(max_jobs => 10)", &[]).await.unwrap().len(), 1);
+}
+
+#[actix::test]
+async fn a_producer_that_collapses_slowly_holds_up_no_settle() {
+    let db = database().await;
+    let (producer, worker) = (db.sql().await, db.sql().await);
+    let collapse = "select collapse('noop', cursor_key => 'a')";
+    worker.batch_execute("select enqueue('noop', cursor_key => 'a')").await.unwrap();
+    let row = worker.query_one("select id, token from claim()", &[]).await.unwrap();
+    worker.batch_execute(collapse).await.unwrap();
+    assert!(worker.query("select claim()", &[]).await.unwrap().is_empty());
+    producer.batch_execute(&format!("begin; {collapse}")).await.unwrap();
+    let settle = format!("set lock_timeout = '2 s'; select settle({}, {})", row.get::<_, i64>(0), row.get::<_, i64>(1));
+    worker.batch_execute(&settle).await.unwrap();
+    producer.batch_execute("commit").await.unwrap();
+    assert_eq!(worker.query("select claim()", &[]).await.unwrap().len(), 1, "and the job is not stranded");
 }

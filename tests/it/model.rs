@@ -27,10 +27,11 @@ const INVARIANTS: &[(&str, &str)] = &[
          where c.owner is null and c.halted_at is null and h.stage = 'blocked'",
     ),
     (
-        "what is blocked stands behind the mark",
+        "no waiting job but the held one stands before the mark, or before the next one",
         "select j.id from jobs j join cursors c on c.queue = j.queue and c.key = j.cursor_key
-         where j.stage = 'blocked' and -(j.priority::int) = (c.mark).rank and j.expected_at = (c.mark).expected_at
-           and j.id < (c.mark).id",
+         cross join lateral (select case when c.owner is null then c.mark else c.next_mark end as mark) m
+         where j.stage <> 'scheduled' and j.token is null and j.id is distinct from c.hold
+           and -(j.priority::int) = (m.mark).rank and j.expected_at = (m.mark).expected_at and j.id < (m.mark).id",
     ),
     (
         "an owner is an open claim",

@@ -47,7 +47,7 @@ async fn jobs_are_claimed_by_priority_then_expected_at_then_arrival() {
     let db = database().await;
     let sql = db.sql().await;
     sql.batch_execute(
-        "insert into jobs (id, kind, priority, expected_at) values
+        "insert into jobs (id, kind, priority, expected_at) overriding system value values
          (1, 'noop', 0, 'infinity'), (2, 'noop', 5, 'infinity'), (3, 'noop', -5, '2000-01-01'), (4, 'noop', 0, '2030-01-02'),
          (5, 'noop', 0, '2030-01-01'), (6, 'noop', 5, '2040-01-01'), (7, 'noop', 0, 'infinity')",
     )
@@ -311,7 +311,7 @@ async fn rust_and_sql_agree_on_what_an_attempt_becomes() {
                 id += 1;
                 token += 1;
                 sql.batch_execute(&format!(
-                    "insert into jobs (id, kind, max_attempts, attempt) values ({id}, 'noop', {max}, {attempt} - 1)"
+                    "insert into jobs (id, kind, max_attempts, attempt) overriding system value values ({id}, 'noop', {max}, {attempt} - 1)"
                 ))
                 .await
                 .unwrap();
