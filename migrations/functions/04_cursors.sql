@@ -166,15 +166,10 @@ begin
     into parked, contended from busy b;
 end $$;
 
--- Whoever makes a cursor holds this advisory lock, so that no claim ever waits for another one's cursors.
-create or replace function making_lock(queue text, key text, out class int, out bucket int)
-language sql stable set search_path from current as $$
-  select hashtext('pgcue.' || current_schema()), 100 + (hashtext(making_lock.queue || making_lock.key) & 63)
-$$;
-
--- Make the cursors that do not exist, but for those whose like another transaction makes at this instant.
--- Returns how many.
-create or replace function make_cursors(queue text, keys text[]) returns bigint
+-- Make the cursors that do not exist. Whoever makes one holds an advisory lock for its like (a 64th of the
+-- keys), so that no claim ever waits for another one's cursors: it makes those that it can lock at once.
+-- Operators wait. Returns how many were made.
+create or replace function make_cursors(queue text, keys text[], wait boolean default false) returns bigint
 language sql set search_path from current as $$
   with made as (
     insert into cursor_keys (queue, key)
@@ -182,8 +177,10 @@ language sql set search_path from current as $$
     from unnest(make_cursors.keys) k(key) left join lateral (
       select true as known from cursors c where c.queue = make_cursors.queue and c.key = k.key order by c.turn desc limit 1
     ) c on true
-    where known is null
-      and (select pg_try_advisory_xact_lock(m.class, m.bucket) from making_lock(make_cursors.queue, k.key) m)
+    where known is null and case
+      when make_cursors.wait then
+        pg_advisory_xact_lock(hashtext('pgcue.' || current_schema()), 100 + (hashtext(make_cursors.queue || k.key) & 63))::text = ''
+      else pg_try_advisory_xact_lock(hashtext('pgcue.' || current_schema()), 100 + (hashtext(make_cursors.queue || k.key) & 63)) end
     order by k.key on conflict do nothing
     returning queue, key
   ), rows as (

@@ -11,8 +11,7 @@ begin
   perform require_read_committed();
   select j.queue, j.cursor_key into job from jobs j where j.id = cancel.id;
   if job.cursor_key is not null then
-    perform pg_advisory_xact_lock(m.class, m.bucket) from making_lock(job.queue, job.cursor_key) m;
-    perform make_cursors(job.queue, array[job.cursor_key]);
+    perform make_cursors(job.queue, array[job.cursor_key], true);
     perform lock_cursor(job.queue, job.cursor_key);
   end if;
   select j.ctid as tid, j.token, j.queue, j.cursor_key into job from jobs j where j.id = cancel.id for update;
@@ -44,8 +43,7 @@ begin
   perform require_read_committed();
   -- A claim in flight may be about to make it: then this waits for the claim.
   if exists (select from jobs j where j.queue = lock_cursor.queue and j.cursor_key = lock_cursor.key and j.stage <> 'scheduled') then
-    perform pg_advisory_xact_lock(m.class, m.bucket) from making_lock(lock_cursor.queue, lock_cursor.key) m;
-    perform make_cursors(lock_cursor.queue, array[lock_cursor.key]);
+    perform make_cursors(lock_cursor.queue, array[lock_cursor.key], true);
   end if;
   select * into cursor from cursors c
     where c.queue = lock_cursor.queue and c.key = lock_cursor.key order by c.turn desc limit 1 for update;
