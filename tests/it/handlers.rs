@@ -161,7 +161,10 @@ async fn cancelling_a_running_job_tells_its_handler_and_ends_it() {
     let db = database().await;
     let (node, _) = one_slot(&db).await;
     let id = db.client.enqueue(Mood::WaitForCancel).await.unwrap().id;
-    db.reaches(id, "running").await;
+    eventually("it runs", Duration::from_secs(20), || async {
+        node.observe().await.iter().any(|(name, pool)| name == "pool default" && pool.load == 1)
+    })
+    .await;
     assert_eq!(db.store.cancel(id).await.unwrap().as_deref(), Some("requested"));
     let job = db.reaches(id, "cancelled").await;
     assert_eq!(job.error.as_deref(), Some("told to stop"));
