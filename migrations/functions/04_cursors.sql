@@ -177,10 +177,12 @@ language sql set search_path from current as $$
     from unnest(make_cursors.keys) k(key) left join lateral (
       select true as known from cursors c where c.queue = make_cursors.queue and c.key = k.key order by c.turn desc limit 1
     ) c on true
+    cross join lateral (
+      select hashtext('pgcue.' || current_schema()) as class, 100 + (hashtext(make_cursors.queue || k.key) & 63) as bucket
+    ) l
     where known is null and case
-      when make_cursors.wait then
-        pg_advisory_xact_lock(hashtext('pgcue.' || current_schema()), 100 + (hashtext(make_cursors.queue || k.key) & 63))::text = ''
-      else pg_try_advisory_xact_lock(hashtext('pgcue.' || current_schema()), 100 + (hashtext(make_cursors.queue || k.key) & 63)) end
+      when make_cursors.wait then pg_advisory_xact_lock(l.class, l.bucket)::text = ''
+      else pg_try_advisory_xact_lock(l.class, l.bucket) end
     order by k.key on conflict do nothing
     returning queue, key
   ), rows as (
@@ -204,6 +206,7 @@ declare
   runs record;
   rest text[];
   taken tid[];
+  made bigint;
 begin
   contended := false;
   if room <= 0 then
@@ -217,12 +220,11 @@ begin
   left_at := array_position(own_cursors.keys, runs.no_room[1]);
   if rest <> '{}' then
     room := room - coalesce(cardinality(ids), 0);
-    if make_cursors(own_cursors.queue, rest) = 0 then
-      -- All of them are there: they are busy.
-    elsif room <= 0 then
+    made := make_cursors(own_cursors.queue, rest);
+    if made > 0 and room <= 0 then
       left_at := least(left_at, (select min(k.n)::int from unnest(own_cursors.keys) with ordinality k(key, n)
         where (k.key in (select unnest(rest))) is true));
-    else
+    elsif made > 0 then
       met := array(select m.key from unnest(met) with ordinality m(key, n)
         where (m.key in (select unnest(rest))) is true order by m.n);
       taken := runs.run_tids;

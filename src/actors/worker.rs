@@ -14,11 +14,10 @@ use super::bell::Bell;
 use super::messages::Cause;
 use super::sticky::Sticky;
 use super::supervisor::{Handlers, Runners};
-use crate::cursor::Fold;
 use crate::lifecycle::{End, Settled, judge};
 use crate::metrics::Metrics;
 use crate::retry::RetryPolicy;
-use crate::store::{ClaimedJob, ClaimedRun, EndedRun, Settlement};
+use crate::store::{ClaimedJob, ClaimedRun, EndedRun};
 
 /// What the slots of one pool share.
 pub(crate) struct Shared {
@@ -111,8 +110,7 @@ pub(crate) struct Progress {
 
 impl Progress {
     pub(crate) fn begin(run: ClaimedRun, queue: &Arc<str>) -> Self {
-        let jobs = Vec::with_capacity(run.jobs.len());
-        let done = EndedRun { queue: Arc::clone(queue), cursor: run.cursor.map(Fold::new), jobs };
+        let done = EndedRun::new(Arc::clone(queue), run.cursor, run.jobs.len());
         Progress { rest: run.jobs, done }
     }
 
@@ -131,20 +129,7 @@ impl Progress {
         let policy = handlers.get(&job.meta.kind).map_or_else(RetryPolicy::default, |entry| (entry.retry)());
         let limits = handlers.limits();
         let verdict = judge(end, job.meta.attempt, job.meta.max_attempts, &policy, rand::random()).within(limits);
-        let step =
-            self.done.cursor.as_mut().map(|fold| fold.ended(job.meta.id, &verdict, job.on_retry, job.on_failure));
-        self.done.jobs.push(Settlement {
-            id: job.meta.id,
-            kind: job.meta.kind,
-            token: job.token,
-            tid: job.tid,
-            verdict,
-            started: started.unwrap_or_else(Instant::now),
-            ran: started.map(|s| s.elapsed()),
-            snapshot: job.meta.cursor_state.filter(|state| state.len() <= limits.snapshot),
-            version: step.and_then(|step| step.version),
-        });
-        step.is_none_or(|step| step.goes_on)
+        self.done.end(job, verdict, started, limits.snapshot)
     }
 
     /// Whether the last attempt completed.

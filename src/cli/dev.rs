@@ -64,8 +64,8 @@ impl Dev {
              \nAny language can enqueue:\n\
              \n    psql \"$DATABASE_URL\" -c \"insert into pgcue.jobs (kind, payload) values ('echo', '[1, 2]')\"\n\
              \nA cursor's jobs run one at a time, in order, and leave a state:\n\
-             \n    for n in 1 2 3; do pgcue enqueue append \"{{\\\"n\\\": $n}}\" --cursor books; done\n    psql \"$DATABASE_URL\" -c 'select * from pgcue.cursors'\n\
-             \nDemo kinds: noop, echo, sleep {{\"ms\":N}}, fail {{\"times\":N}}, panic, append {{\"n\":X}}.\n\
+             \n    for n in 1 2 3; do pgcue enqueue append \"{{\\\"n\\\": $n}}\" --cursor books; done\n    pgcue cursors show books\n\
+             \nDemo kinds: noop, echo, sleep {{\"ms\":N}}, fail {{\"times\":N}}, panic, count {{\"n\":N}}, append {{\"n\":X}}.\n\
              Metrics: {http}/metrics. Ctrl-C stops everything.\n"
         );
         stop_signal().await;

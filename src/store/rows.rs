@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio_postgres::Row;
 use tokio_postgres::types::{FromSql, ToSql, Type};
@@ -202,7 +202,7 @@ pub struct Settlement {
     /// What it becomes.
     pub verdict: Verdict,
     /// When its attempt started, on this machine's clock.
-    pub started: std::time::Instant,
+    pub started: Instant,
     /// How long it ran; none if it was not made.
     pub ran: Option<Duration>,
     /// The cursor's state that it began with.
@@ -220,6 +220,31 @@ pub struct EndedRun {
     pub cursor: Option<Fold>,
     /// Its jobs, in order.
     pub jobs: Vec<Settlement>,
+}
+
+impl EndedRun {
+    /// A run of so many jobs begins.
+    pub fn new(queue: Arc<str>, cursor: Option<OwnedCursor>, jobs: usize) -> Self {
+        EndedRun { queue, cursor: cursor.map(Fold::new), jobs: Vec::with_capacity(jobs) }
+    }
+
+    /// The attempt at its next job ended like this; one without a start was not made. The cursor's state
+    /// that it began with is kept up to `max_snapshot` bytes. Answers whether the next job may start.
+    pub fn end(&mut self, job: ClaimedJob, verdict: Verdict, started: Option<Instant>, max_snapshot: usize) -> bool {
+        let step = self.cursor.as_mut().map(|fold| fold.ended(job.meta.id, &verdict, job.on_retry, job.on_failure));
+        self.jobs.push(Settlement {
+            id: job.meta.id,
+            kind: job.meta.kind,
+            token: job.token,
+            tid: job.tid,
+            verdict,
+            started: started.unwrap_or_else(Instant::now),
+            ran: started.map(|started| started.elapsed()),
+            snapshot: job.meta.cursor_state.filter(|state| state.len() <= max_snapshot),
+            version: step.and_then(|step| step.version),
+        });
+        step.is_none_or(|step| step.goes_on)
+    }
 }
 
 /// The same as parallel arrays: first with an entry a job, then with an entry a run of a cursor.

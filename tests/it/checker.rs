@@ -7,9 +7,8 @@ use std::time::{Duration, Instant};
 
 use pgcue::NewJob;
 use pgcue::checker::{Checker, Rule, Violation, read_effects};
-use pgcue::cursor::Fold;
 use pgcue::lifecycle::{Settled, Verdict};
-use pgcue::store::{Claim, ClaimedRun, EndedRun, Settlement};
+use pgcue::store::{Claim, ClaimedRun, EndedRun};
 use serde_json::{Value, json};
 
 use crate::crashes::{jobs, node, stop};
@@ -140,28 +139,16 @@ impl Nodes<'_> {
 
     /// Complete the jobs of a run, or let its first one retry.
     async fn settle(&self, run: &ClaimedRun, retry: bool) {
-        let mut ended = EndedRun { queue: "default".into(), cursor: run.cursor.clone().map(Fold::new), jobs: vec![] };
-        let fold = ended.cursor.as_mut().unwrap();
+        let mut ended = EndedRun::new("default".into(), run.cursor.clone(), run.jobs.len());
         for job in &run.jobs {
-            let state = fold.current().map(|state| serde_json::from_str(state).unwrap());
+            let state = ended.cursor.as_ref().unwrap().current().map(|state| serde_json::from_str(state).unwrap());
             let new = appended(state.as_ref(), &serde_json::from_str(&job.payload).unwrap());
             let mut verdict = Verdict { state: new.map(|new| new.to_string()), ..Verdict::default() };
             if retry {
                 verdict =
                     Verdict { outcome: Settled::Retry, delay: Some(Duration::from_micros(1)), ..Verdict::default() };
             }
-            let step = fold.ended(job.meta.id, &verdict, job.on_retry, job.on_failure);
-            ended.jobs.push(Settlement {
-                id: job.meta.id,
-                kind: "append".into(),
-                token: job.token,
-                tid: job.tid,
-                verdict,
-                started: Instant::now(),
-                ran: None,
-                snapshot: None,
-                version: step.version,
-            });
+            ended.end(job.clone(), verdict, None, 0);
         }
         self.db.store.settle(&[ended]).await.unwrap();
     }

@@ -16,3 +16,4 @@ mod protocol;
 mod sticky;
 mod support;
 mod wakeups;
+mod walk;
