@@ -45,7 +45,7 @@ struct Account {
 
 impl PrivateServer {
     /// Start a server whose data live in `data`, made if it is not there; without, in a directory that
-    /// goes with the server. `settings` are server settings such as `fsync=off`.
+    /// goes with the server. `settings` are lines of its configuration file, such as `fsync = off`.
     pub fn start(data: Option<&Path>, settings: &[&str]) -> Result<Self> {
         let bin = find_programs()?;
         let user = rustix::process::geteuid().is_root().then(unprivileged).transpose()?;
@@ -90,7 +90,17 @@ impl PrivateServer {
         command
     }
 
-    /// `pg_ctl` on this server: `restart -m immediate`, `stop -m fast`.
+    /// Where its data are; its log and its password are beside them.
+    pub fn data(&self) -> &Path {
+        &self.data
+    }
+
+    /// The port that it listens on.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// `pg_ctl` on this server: `restart -m immediate`, `stop -m fast`, `start`.
     pub fn control(&self, arguments: &[&str]) -> Result<()> {
         let log = self.data.with_file_name("log");
         let mut command = self.program("pg_ctl");
@@ -138,14 +148,16 @@ impl PrivateServer {
     }
 
     fn launch(&mut self, home: &Path, settings: &[&str]) -> Result<()> {
-        let mut options = format!(
-            "-p {} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c max_connections=200 -c shared_buffers=256MB",
+        let mut lines = format!(
+            "port = {}\nlisten_addresses = '127.0.0.1'\nunix_socket_directories = ''\nmax_connections = 200\nshared_buffers = 256MB\n",
             self.port
         );
         for setting in settings {
-            options += &format!(" -c {setting}");
+            lines += &format!("{setting}\n");
         }
-        self.control(&["-o", &options, "start"])?;
+        let file = self.data.join("postgresql.conf");
+        std::fs::write(&file, lines).map_err(|e| Error::io(file.display().to_string(), e))?;
+        self.control(&["start"])?;
         let remove = if self._ephemeral.is_some() { format!("rm -rf '{}'", home.display()) } else { ":".into() };
         let stop = format!(
             "cat >/dev/null; '{}' -D '{}' -m fast -w stop >/dev/null 2>&1; {remove}",

@@ -103,6 +103,7 @@ impl Error {
     pub fn is_transient(&self) -> bool {
         match self {
             Error::Connect { .. } | Error::Deadline(_) | Error::ReadOnly => true,
+            _ if self.is_read_only() => true,
             Error::Database(e) => {
                 e.is_closed()
                     || e.code().is_none_or(|code| {
@@ -117,7 +118,21 @@ impl Error {
 
     /// True if the database said that the lease of the call has ended.
     pub fn is_lease_ended(&self) -> bool {
-        matches!(self, Error::Database(e) if e.code().is_some_and(|c| c.code() == "PQ001"))
+        self.has_code("PQ001")
+    }
+
+    /// True if the call needs another isolation level.
+    pub(crate) fn is_isolation(&self) -> bool {
+        self.has_code("PQ002")
+    }
+
+    /// True if the server takes no writes: it was demoted while this session was open.
+    pub(crate) fn is_read_only(&self) -> bool {
+        self.has_code("25006")
+    }
+
+    fn has_code(&self, code: &str) -> bool {
+        matches!(self, Error::Database(e) if e.code().is_some_and(|c| c.code() == code))
     }
 
     /// The exit code of the command line: 64 for usage and configuration, else 1.

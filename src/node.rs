@@ -163,6 +163,7 @@ impl Node {
                     Arc::clone(&name),
                     queue.clone(),
                     handlers,
+                    lease.clone(),
                     endings,
                     metrics.clone(),
                     bell.clone(),

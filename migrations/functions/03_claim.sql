@@ -7,7 +7,7 @@ begin
   if current_setting('transaction_isolation') <> 'read committed' then
     raise exception 'pgcue: this call needs isolation level read committed, not %',
       current_setting('transaction_isolation')
-      using errcode = 'invalid_transaction_state',
+      using errcode = 'PQ002',
         hint = 'Begin the transaction with ISOLATION LEVEL READ COMMITTED. Enqueueing works in any.';
   end if;
 end $$;

@@ -14,6 +14,7 @@ use super::backlog::Outbox;
 use super::bell::Bell;
 use super::lease::Lease;
 use super::messages::{Cause, Collect, Flush, Observe, Observed};
+use crate::checker::record::TARGET as RECORD;
 use crate::cursor::Fold;
 use crate::error::Result;
 use crate::lifecycle::{Settled, Verdict};
@@ -161,7 +162,21 @@ fn cut(batch: &[EndedRun], wanted: usize) -> usize {
 }
 
 async fn attempt(store: &Store, batch: &[EndedRun]) -> Result<usize> {
-    let refused = store.settle(batch).await?;
+    let settled = store.settle(batch).await;
+    let all = || batch.iter().flat_map(|run| &run.jobs);
+    let ids = || all().map(|job| job.id).collect::<Vec<_>>();
+    let Ok(refused) = &settled else {
+        tracing::trace!(target: RECORD, event = "settle_unknown", jobs = ?ids());
+        return settled.map(|refused| refused.len());
+    };
+    tracing::trace!(
+        target: RECORD,
+        event = "settled",
+        jobs = ?ids(),
+        tokens = ?all().map(|job| job.token).collect::<Vec<_>>(),
+        outcomes = ?all().map(|job| job.verdict.outcome.as_str()).collect::<Vec<_>>(),
+        ?refused,
+    );
     if !refused.is_empty() {
         tracing::warn!(jobs = ?&refused[..refused.len().min(10)], count = refused.len(), "settle refused: the lease was lost");
     }

@@ -17,6 +17,7 @@ use super::lease::{Lease, draw};
 use super::listener::Listener;
 use super::messages::{Cause, Demand, Drain, Leave, Observe, Observed, Rest, Run, Standing, Wake};
 use super::worker_pool::WorkerPool;
+use crate::checker::record::TARGET as RECORD;
 use crate::error::Error;
 use crate::metrics::Metrics;
 use crate::pacing::{self, FullPasses, Marks};
@@ -161,6 +162,9 @@ impl Dispatcher {
                 }
                 Ok(claimed) => {
                     lease.opened(token, claimed.jobs());
+                    if claimed.jobs() > 0 {
+                        tracing::trace!(target: RECORD, event = "claimed", token, jobs = ?claimed.ids());
+                    }
                     Pass::Claimed { claimed, wanted: wanted.jobs, full }
                 }
                 Err(error) => {

@@ -5,18 +5,13 @@ use std::time::Duration;
 use actix::{Actor, ActorFutureExt, Addr, AsyncContext, Context, Handler, ResponseActFuture, WrapFuture};
 
 use super::bell::Bell;
-use super::lease::{Lease, draw};
+use super::lease::{Lease, draw, since_boot};
 use super::messages::{Cancel, Cause, EndLease, LeaseLost, Observe, Observed};
 use super::worker_pool::WorkerPool;
+use crate::checker::record::TARGET as RECORD;
 use crate::error::Result;
 use crate::metrics::Metrics;
 use crate::store::{NodeInfo, Store};
-
-/// Time since boot, counting time in suspend, which [`std::time::Instant`] does not on Linux.
-fn since_boot() -> Duration {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
-    Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
-}
 
 /// Begins the node's lease and extends it three times per period. It counts the time from *sending*
 /// the last heartbeat that was answered; when two thirds of the period have passed without one, it
@@ -30,8 +25,6 @@ pub(crate) struct LeaseKeeper {
     metrics: Metrics,
     bell: Bell,
     pools: Vec<Addr<WorkerPool>>,
-    /// When the last heartbeat that was answered was sent, since boot.
-    confirmed: Duration,
     beating: bool,
 }
 
@@ -51,12 +44,14 @@ impl LeaseKeeper {
         metrics: Metrics,
         bell: Bell,
     ) -> Result<Self> {
-        let confirmed = since_boot();
+        let asked = since_boot();
         let lease = Lease::default();
         let id = draw();
         store.begin_lease(id, &node, ttl).await?;
+        tracing::trace!(target: RECORD, event = "lease_begun", lease = id);
+        lease.confirmed(asked, ttl);
         lease.begun(id);
-        Ok(LeaseKeeper { store, lease, node, ttl, metrics, bell, pools: Vec::new(), confirmed, beating: false })
+        Ok(LeaseKeeper { store, lease, node, ttl, metrics, bell, pools: Vec::new(), beating: false })
     }
 
     pub(crate) fn lease(&self) -> Lease {
@@ -102,12 +97,14 @@ impl LeaseKeeper {
             match beat {
                 Ok(Beat::Begun(id)) => {
                     tracing::info!(lease = id, "began a new lease");
-                    keeper.confirmed = sent;
+                    tracing::trace!(target: RECORD, event = "lease_begun", lease = id);
+                    keeper.lease.confirmed(sent, keeper.ttl);
                     keeper.lease.begun(id);
                     keeper.bell.wake_all(Cause::Recovered);
                 }
                 Ok(Beat::Kept { cancelled }) => {
-                    keeper.confirmed = sent;
+                    keeper.lease.confirmed(sent, keeper.ttl);
+                    tracing::trace!(target: RECORD, event = "heartbeat", lease = keeper.lease.id().unwrap_or_default());
                     if !cancelled.is_empty() {
                         let cancel = Cancel(cancelled.into());
                         keeper.pools.iter().for_each(|pool| pool.do_send(cancel.clone()));
@@ -120,7 +117,7 @@ impl LeaseKeeper {
     }
 
     fn watch(&mut self) {
-        if self.lease.id().is_some() && since_boot() - self.confirmed > self.ttl * 2 / 3 {
+        if self.lease.id().is_some() && self.lease.is_overdue() {
             self.lose("no heartbeat was answered for two thirds of its time");
         }
     }
@@ -128,6 +125,7 @@ impl LeaseKeeper {
     fn lose(&mut self, why: &str) {
         let lease = self.lease.lost();
         tracing::error!(lease, why, "lost the lease; running jobs are told to stop");
+        tracing::trace!(target: RECORD, event = "lease_lost", lease);
         self.metrics.leases_lost.inc();
         self.pools.iter().for_each(|pool| pool.do_send(LeaseLost));
     }

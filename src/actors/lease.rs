@@ -1,8 +1,9 @@
 //! The node's lease, as its actors see it. The [keeper](super::keeper) begins, keeps and ends it.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 /// The lease that claims are made for, and the claims that are open. Shared by the actors of a node.
 #[derive(Clone, Default)]
@@ -12,6 +13,8 @@ pub(crate) struct Lease(Arc<Held>);
 struct Held {
     /// 0: none.
     id: AtomicI64,
+    /// Until when it may be relied on, in nanoseconds since boot.
+    until: AtomicU64,
     /// Somebody was told that the lease has ended.
     doubted: AtomicBool,
     /// How many jobs of each claim are not settled yet.
@@ -28,10 +31,28 @@ pub(crate) fn draw() -> i64 {
     }
 }
 
+/// Time since boot, counting time in suspend, which [`std::time::Instant`] does not on Linux.
+pub(crate) fn since_boot() -> Duration {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
+}
+
 impl Lease {
     /// The living lease.
     pub(crate) fn id(&self) -> Option<i64> {
         Some(self.0.id.load(Ordering::Acquire)).filter(|id| *id != 0)
+    }
+
+    /// The database has confirmed it, for `ttl` from when it was asked at the earliest. It is relied on for
+    /// two thirds of that, so that work has stopped before the reaper acts.
+    pub(crate) fn confirmed(&self, asked: Duration, ttl: Duration) {
+        self.0.until.store((asked + ttl * 2 / 3).as_nanos() as u64, Ordering::Release);
+    }
+
+    /// True if it may not be relied on any more: the process was stopped, or the database silent, for too long.
+    /// Then nothing may start.
+    pub(crate) fn is_overdue(&self) -> bool {
+        since_boot().as_nanos() as u64 > self.0.until.load(Ordering::Acquire)
     }
 
     /// The database refused the lease: the keeper finds out at once.

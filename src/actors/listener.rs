@@ -12,11 +12,14 @@ use tokio_postgres::{AsyncMessage, Client};
 
 use super::bell::Bell;
 use super::messages::{Cancel, Cause, Leave, Observe, Observed, Rest, Standing};
+use crate::error::Error;
 use crate::metrics::Metrics;
 use crate::store::{Store, quote};
 
-/// A call on the listener's session that takes longer breaks the session.
-const DEADLINE: Duration = Duration::from_secs(5);
+/// A call on the listener's session that takes longer breaks the session: meanwhile its dispatcher waits.
+const DEADLINE: Duration = Duration::from_secs(2);
+/// A session that is silent is asked this often if it lives: notifications may have gone astray.
+const PING_EVERY: Duration = Duration::from_secs(10);
 /// Pauses between attempts to connect.
 const RECONNECT: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
 
@@ -51,8 +54,11 @@ impl Listener {
                 }
                 address.do_send(Lost(number));
             });
-            client.batch_execute(&format!("listen {}", quote(store.schema()))).await?;
-            Ok::<_, crate::Error>(client)
+            let listen = format!("listen {}", quote(store.schema()));
+            match tokio::time::timeout(DEADLINE, client.batch_execute(&listen)).await {
+                Ok(listening) => Ok(listening.map(|()| client)?),
+                Err(_) => Err(Error::Deadline(DEADLINE)),
+            }
         };
         ctx.spawn(connect.into_actor(self).map(|connected, listener, ctx| match connected {
             Ok(client) if !client.is_closed() => {
@@ -92,6 +98,12 @@ impl Listener {
             }
         }
     }
+
+    /// Break a session that does not answer.
+    fn ping(&mut self, ctx: &mut Context<Self>) {
+        let answer = self.call("select $1", "".into(), ctx);
+        ctx.spawn(answer.into_actor(self).map(|_, _, _| ()));
+    }
 }
 
 /// The session heard a notification.
@@ -109,6 +121,7 @@ impl Actor for Listener {
 
     fn started(&mut self, ctx: &mut Self::Context) {
         self.connect(ctx);
+        ctx.run_interval(PING_EVERY, |listener, ctx| listener.ping(ctx));
     }
 }
 

@@ -11,9 +11,11 @@ use tracing::Instrument;
 
 use super::backlog::{Backlog, Endings};
 use super::bell::Bell;
+use super::lease::Lease;
 use super::messages::Cause;
 use super::sticky::Sticky;
 use super::supervisor::{Handlers, Runners};
+use crate::checker::record::TARGET as RECORD;
 use crate::lifecycle::{End, Settled, judge};
 use crate::metrics::Metrics;
 use crate::retry::RetryPolicy;
@@ -23,6 +25,7 @@ use crate::store::{ClaimedJob, ClaimedRun, EndedRun};
 pub(crate) struct Shared {
     pub(crate) handlers: Arc<Handlers>,
     pub(crate) sticky: Arc<Sticky>,
+    pub(crate) lease: Lease,
     pub(crate) backlog: Backlog,
     pub(crate) endings: Endings,
     pub(crate) busy: AtomicUsize,
@@ -129,6 +132,10 @@ impl Progress {
         let policy = handlers.get(&job.meta.kind).map_or_else(RetryPolicy::default, |entry| (entry.retry)());
         let limits = handlers.limits();
         let verdict = judge(end, job.meta.attempt, job.meta.max_attempts, &policy, rand::random()).within(limits);
+        if started.is_some() {
+            let (outcome, token) = (verdict.outcome.as_str(), job.token);
+            tracing::trace!(target: RECORD, event = "ended", job = job.meta.id, attempt = job.meta.attempt, token, outcome);
+        }
         self.done.end(job, verdict, started, limits.snapshot)
     }
 
@@ -182,8 +189,8 @@ async fn execute(run: ClaimedRun, shared: &Shared, current: &Current, runners: &
     runners.enter(run.cursor.as_ref());
     let mut run = Progress::begin(run, &shared.queue);
     while let Some(mut job) = run.next() {
-        if job.meta.cancelled.is_cancelled() {
-            // Cancelled, or taken back, before it started.
+        // Cancelled, or taken back, before it started; or somebody else may run it by now.
+        if job.meta.cancelled.is_cancelled() || shared.lease.is_overdue() {
             if run.ended(job, End::Released, None, &shared.handlers) {
                 continue;
             }
@@ -195,6 +202,7 @@ async fn execute(run: ClaimedRun, shared: &Shared, current: &Current, runners: &
         let span =
             tracing::info_span!("job", id = meta.id, kind = &*meta.kind, queue = &*meta.queue, attempt = meta.attempt);
         let started = Instant::now();
+        tracing::trace!(target: RECORD, event = "started", job = meta.id, attempt = meta.attempt, token = job.token);
         current.set(Attempt { job, started, limit, run });
         let (end, rebuilt) = runners.attempt(&payload, meta, limit).instrument(span).await;
         let attempt = current.take_if(|_| true)?;

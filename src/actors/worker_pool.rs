@@ -12,6 +12,7 @@ use actix::{
 
 use super::backlog::{Backlog, Endings};
 use super::bell::Bell;
+use super::lease::Lease;
 use super::messages::{Cancel, Demand, DrainPool, LeaseLost, Observe, Observed, Run, Wanted};
 use super::sticky::{Parting, Sticky};
 use super::supervisor::Handlers;
@@ -57,6 +58,7 @@ impl WorkerPool {
         queue: Arc<str>,
         config: QueueConfig,
         handlers: Arc<Handlers>,
+        lease: Lease,
         endings: Endings,
         metrics: Metrics,
         bell: Bell,
@@ -65,6 +67,7 @@ impl WorkerPool {
         let shared = Arc::new(Shared {
             handlers,
             sticky: Arc::new(Sticky::new(sticky_idle)),
+            lease,
             backlog: Backlog::default(),
             endings,
             busy: AtomicUsize::new(0),

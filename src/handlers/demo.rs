@@ -6,11 +6,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::actors::supervisor::Handlers;
-use crate::checker::Recorder;
 use crate::error::Result;
 use crate::job::Job;
 use crate::outcome::{JobError, JobResult, Outcome};
-use crate::retry::RetryPolicy;
 use crate::task::{CursorTask, Task};
 
 macro_rules! task {
@@ -68,23 +66,9 @@ task! {
     /// Adds to the number that is its cursor's state.
     Count as "count" { n: i64 }
 }
-/// Appends to the array that is its cursor's state; the result is the array's length.
-#[derive(Serialize, Deserialize)]
-struct Append {
-    n: Value,
-    /// Which share of the attempts fails.
-    #[serde(default)]
-    fail_rate: f64,
-    /// A file to record begin and end in, for the checker.
-    record: Option<String>,
-}
-
-impl Task for Append {
-    const KIND: &'static str = "append";
-
-    fn retry() -> RetryPolicy {
-        RetryPolicy::fixed(Duration::from_millis(10))
-    }
+task! {
+    /// Appends to the array that is its cursor's state; the result is the array's length.
+    Append as "append" { n: Value }
 }
 
 impl CursorTask for Count {
@@ -125,16 +109,6 @@ async fn count(job: Job<Count>) -> JobResult {
 
 async fn append(job: Job<Append>) -> JobResult {
     let mut all: Vec<Value> = job.state()?.unwrap_or_default();
-    let record = job.args.record.as_ref().map(Recorder::open).transpose()?;
-    if let Some(record) = &record {
-        record.began(&job.meta)?;
-    }
-    if rand::random::<f64>() < job.args.fail_rate {
-        return Err(JobError::new("it was asked to fail"));
-    }
     all.push(job.args.n);
-    if let Some(record) = &record {
-        record.ended(&job.meta)?;
-    }
     Outcome::result(&all.len())?.with_state(&all)
 }

@@ -8,13 +8,15 @@ use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, Server
 use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{DigitallySignedStruct, SignatureScheme};
-use tokio_postgres::config::{Host, SslMode};
+use tokio_postgres::config::{Host, SslMode, TargetSessionAttrs};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use crate::error::{Error, Fault, Result, with_causes};
 
-/// How long a connection attempt may take unless the URL says otherwise (`connect_timeout`).
+/// How long the network may take to connect unless the URL says otherwise (`connect_timeout`).
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long all of it may take: a server, or something on the way, that accepts and says nothing.
+const SESSION_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A database's address with pgcue's defaults filled in.
 #[derive(Clone)]
@@ -37,6 +39,8 @@ impl Target {
         if config.get_application_name().is_none() {
             config.application_name("pgcue");
         }
+        // Of several hosts the primary is taken; a standby, or a primary that was set to read only, is refused.
+        config.target_session_attrs(TargetSessionAttrs::ReadWrite);
         config.keepalives_idle(Duration::from_secs(10));
         config.keepalives_interval(Duration::from_secs(5));
         config.keepalives_retries(3);
@@ -63,6 +67,7 @@ impl Target {
             .queue_mode(QueueMode::Lifo) // the one used last has its plans at hand
             .runtime(Runtime::Tokio1)
             .wait_timeout(Some(Duration::from_secs(30)))
+            .create_timeout(Some(SESSION_TIMEOUT))
             .build()
             .expect("a pool with a runtime for its timeouts can be built")
     }
@@ -77,7 +82,9 @@ impl Target {
             <MakeRustlsConnect as tokio_postgres::tls::MakeTlsConnect<tokio_postgres::Socket>>::Stream,
         >,
     )> {
-        self.config.connect(self.tls.clone()).await.map_err(|e| self.explain(&e))
+        let connect = self.config.connect(self.tls.clone());
+        let connected = tokio::time::timeout(SESSION_TIMEOUT, connect).await;
+        connected.map_err(|_| Error::Deadline(SESSION_TIMEOUT))?.map_err(|e| self.explain(&e))
     }
 
     /// Ask the server to stop what a session does; it need not answer.
@@ -88,6 +95,10 @@ impl Target {
 
     /// A failed connection as pgcue's error.
     pub fn explain(&self, error: &tokio_postgres::Error) -> Error {
+        let io = std::error::Error::source(error).and_then(|source| source.downcast_ref::<std::io::Error>());
+        if io.is_some_and(|e| e.kind() == std::io::ErrorKind::PermissionDenied && e.to_string().contains("writes")) {
+            return Error::ReadOnly; // as the driver says that the session is not read-write
+        }
         let reason = match error.as_db_error() {
             Some(db) => db.message().to_owned(),
             None => with_causes(error),

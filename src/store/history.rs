@@ -1,5 +1,6 @@
-//! The history of cursors, for the [checker](crate::checker).
+//! The history, for the [checker](crate::checker).
 
+use futures_util::TryStreamExt;
 use jiff::Timestamp;
 use serde_json::Value;
 use tokio_postgres::Row;
@@ -7,21 +8,28 @@ use tokio_postgres::Row;
 use super::{Store, rows::json};
 use crate::error::Result;
 
-/// A finished job of a cursor.
+/// A finished job.
 #[derive(Debug, Clone)]
 #[allow(missing_docs)]
-pub struct FinishedCursorJob {
+pub struct FinishedJob {
     pub id: i64,
     pub queue: String,
-    pub key: String,
-    /// False if it failed, was cancelled or lost.
-    pub completed: bool,
+    /// `completed`, `failed`, `cancelled` or `lost`.
+    pub state: String,
+    pub cursor_key: Option<String>,
     pub priority: i16,
     /// None comes last.
     pub expected_at: Option<Timestamp>,
+    pub run_at: Timestamp,
+    pub started_at: Option<Timestamp>,
     pub attempt: u16,
-    pub payload: Value,
-    pub snapshot: Option<Value>,
+    pub max_attempts: u16,
+    /// JSON text.
+    pub payload: Box<str>,
+    /// The payload's field `key`, by which the job's producer knows it; empty if it has none.
+    pub enqueued_as: String,
+    /// JSON text.
+    pub snapshot: Option<Box<str>>,
     pub version: Option<i64>,
 }
 
@@ -35,41 +43,41 @@ pub struct CursorEnd {
     pub state: Option<Value>,
 }
 
-fn value(row: &Row, column: usize) -> Result<Option<Value>> {
-    Ok(json(row, column).map(serde_json::from_str).transpose()?)
-}
-
 impl Store {
-    /// Every finished job that had a cursor. Reads the whole history.
-    pub async fn finished_cursor_jobs(&self) -> Result<Vec<FinishedCursorJob>> {
-        let rows = self.call(async |c, q| c.query_typed(&q.finished_cursor_jobs, &[]).await).await?;
-        let read = |row: &Row| {
-            Ok(FinishedCursorJob {
-                id: row.get(0),
-                queue: row.get(1),
-                key: row.get(2),
-                completed: row.get(3),
-                priority: row.get(4),
-                expected_at: row.get(5),
-                attempt: row.get::<_, i16>(6) as u16,
-                payload: value(row, 7)?.unwrap_or_default(),
-                snapshot: value(row, 8)?,
-                version: row.get(9),
-            })
+    /// Every finished job. Reads the whole history, however long that takes.
+    pub async fn finished_jobs(&self) -> Result<Vec<FinishedJob>> {
+        let connection = self.connection().await?;
+        let rows = connection.query_typed_raw(&self.queries().finished_jobs, std::iter::empty::<(i64, _)>()).await?;
+        let read = |row: Row| FinishedJob {
+            id: row.get(0),
+            queue: row.get(1),
+            state: row.get(2),
+            cursor_key: row.get(3),
+            priority: row.get(4),
+            expected_at: row.get(5),
+            run_at: row.get(6),
+            started_at: row.get(7),
+            attempt: row.get::<_, i16>(8) as u16,
+            max_attempts: row.get::<_, i16>(9) as u16,
+            payload: json(&row, 10).unwrap_or("null").into(),
+            enqueued_as: row.get::<_, Option<String>>(11).unwrap_or_default(),
+            snapshot: json(&row, 12).map(Into::into),
+            version: row.get(13),
         };
-        rows.iter().map(read).collect()
+        Ok(rows.map_ok(read).try_collect().await?)
     }
 
     /// Every cursor's version and state.
     pub async fn cursor_ends(&self) -> Result<Vec<CursorEnd>> {
         let rows = self.call(async |c, q| c.query_typed(&q.cursor_ends, &[]).await).await?;
         let read = |row: &Row| {
-            Ok(CursorEnd { queue: row.get(0), key: row.get(1), version: row.get(2), state: value(row, 3)? })
+            let state = json(row, 3).map(serde_json::from_str).transpose()?;
+            Ok(CursorEnd { queue: row.get(0), key: row.get(1), version: row.get(2), state })
         };
         rows.iter().map(read).collect()
     }
 
-    /// What of cursors is not at rest: live jobs, owned and held cursors; a few of each.
+    /// What is not at rest: live jobs, owned and held cursors; a few of each.
     pub async fn unrest(&self) -> Result<Vec<String>> {
         let rows = self.call(async |c, q| c.query_typed(&q.unrest, &[]).await).await?;
         Ok(rows.iter().map(|row| row.get(0)).collect())

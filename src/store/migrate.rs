@@ -98,19 +98,9 @@ pub fn check(schema: &str, found: Option<(i32, String)>) -> Result<()> {
     }
 }
 
-/// Refuse a standby, and a server that is set to read only.
-pub async fn require_primary(client: &Client) -> Result<()> {
-    let sql = "select pg_is_in_recovery() or current_setting('transaction_read_only') = 'on'";
-    match client.query_typed(sql, &[]).await?[0].get(0) {
-        true => Err(Error::ReadOnly),
-        false => Ok(()),
-    }
-}
-
 /// Create or upgrade the schema. Does nothing to one that is up to date.
 pub async fn migrate(client: &mut Client, schema: &str) -> Result<Migrated> {
     let tx = client.transaction().await?;
-    require_primary(tx.client()).await?;
     tx.query_typed(
         "select pg_advisory_xact_lock(hashtext('pgcue.' || $1), 65)",
         &[(&schema, tokio_postgres::types::Type::TEXT)],

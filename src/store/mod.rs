@@ -11,8 +11,9 @@ mod read;
 mod rows;
 mod tid;
 
-use std::ops::AsyncFnOnce;
+use std::ops::AsyncFn;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use deadpool_postgres::{Object, Pool};
@@ -20,7 +21,7 @@ use tokio_postgres::Client;
 use tokio_postgres::types::{ToSql, Type};
 
 pub use connect::Target;
-pub use history::{CursorEnd, FinishedCursorJob};
+pub use history::{CursorEnd, FinishedJob};
 pub use migrate::{Migrated, VERSION, script};
 pub(crate) use queries::{Queries, quote};
 pub use read::{CursorFilter, CursorRow, CursorVerb, Filter, JobRow, LiveCount, NodeRow};
@@ -31,6 +32,11 @@ use crate::error::{Error, Result};
 
 /// A call that was not answered after this long is given up and its connection closed.
 const DEADLINE: Duration = Duration::from_secs(15);
+
+/// The deadline of what keeps a lease of `ttl`: there must be time for another attempt.
+fn soon(ttl: Duration) -> Duration {
+    DEADLINE.min(ttl / 3)
+}
 
 /// A database with pgcue's schema in it. Cheap to clone.
 #[derive(Clone)]
@@ -43,6 +49,8 @@ struct Inner {
     pool: Pool,
     schema: String,
     queries: Queries,
+    /// Calls must begin their transaction themselves.
+    begins: AtomicBool,
 }
 
 /// What a node says of itself with its lease.
@@ -89,7 +97,8 @@ impl Store {
     /// A store over a pool of at most `connections`. Connects when it is first used.
     pub fn new(target: Target, schema: &str, connections: usize) -> Self {
         let pool = target.pool(connections);
-        Store { inner: Arc::new(Inner { target, pool, schema: schema.into(), queries: Queries::new(schema) }) }
+        let (queries, begins) = (Queries::new(schema), AtomicBool::new(false));
+        Store { inner: Arc::new(Inner { target, pool, schema: schema.into(), queries, begins }) }
     }
 
     /// The schema's name; also the channel of its notifications.
@@ -112,19 +121,53 @@ impl Store {
     }
 
     /// Run one call on a pooled connection, with the deadline.
-    async fn call<T>(
+    async fn call<T>(&self, call: impl AsyncFn(&Client, &Queries) -> Result<T, tokio_postgres::Error>) -> Result<T> {
+        self.call_within(DEADLINE, call).await
+    }
+
+    /// The same with a deadline of its own.
+    async fn call_within<T>(
         &self,
-        call: impl AsyncFnOnce(&Client, &Queries) -> Result<T, tokio_postgres::Error>,
+        deadline: Duration,
+        call: impl AsyncFn(&Client, &Queries) -> Result<T, tokio_postgres::Error>,
     ) -> Result<T> {
-        let connection = self.connection().await?;
-        match tokio::time::timeout(DEADLINE, call(&connection, &self.inner.queries)).await {
-            Ok(result) => Ok(result?),
-            Err(_) => {
+        let late = |_| Error::Deadline(deadline);
+        let connection = tokio::time::timeout(deadline, self.connection()).await.map_err(late)??;
+        match tokio::time::timeout(deadline, self.isolated(&connection, &call)).await {
+            Ok(Err(error)) if error.is_read_only() => {
+                drop(Object::take(connection)); // the next one is made to a primary, or refused
+                Err(error)
+            }
+            Ok(result) => result,
+            Err(elapsed) => {
                 let client = Object::take(connection);
                 self.inner.target.cancel(client.cancel_token());
-                Err(Error::Deadline(DEADLINE))
+                Err(late(elapsed))
             }
         }
+    }
+
+    /// Make a call in its own transaction, of isolation level read committed. Where that is the default, as it
+    /// usually is, the call itself is the transaction; else the first call is refused, and from then on each
+    /// takes three statements.
+    async fn isolated<T>(
+        &self,
+        connection: &Client,
+        call: &impl AsyncFn(&Client, &Queries) -> Result<T, tokio_postgres::Error>,
+    ) -> Result<T> {
+        let Inner { queries, begins, .. } = &*self.inner;
+        if !begins.load(Ordering::Relaxed) {
+            match call(connection, queries).await.map_err(Error::from) {
+                Err(error) if error.is_isolation() => {}
+                result => return result,
+            }
+            begins.store(true, Ordering::Relaxed);
+            tracing::warn!("the database's default_transaction_isolation is not read committed: every call costs more");
+        }
+        connection.batch_execute("begin isolation level read committed").await?;
+        let result = call(connection, queries).await;
+        connection.batch_execute(if result.is_ok() { "commit" } else { "rollback" }).await?;
+        Ok(result?)
     }
 
     /// Create or upgrade the schema.
@@ -132,16 +175,15 @@ impl Store {
         migrate::migrate(&mut *self.connection().await?, self.schema()).await
     }
 
-    /// Refuse a schema that is missing or newer than this program, and a server that is read only.
+    /// Refuse a schema that is missing or newer than this program.
     pub async fn check_schema(&self) -> Result<()> {
         let connection = self.connection().await?;
-        migrate::check(self.schema(), migrate::version(&connection, self.schema()).await?)?;
-        migrate::require_primary(&connection).await
+        migrate::check(self.schema(), migrate::version(&connection, self.schema()).await?)
     }
 
     /// Begin a lease of `ttl` for a node that serves these queues and kinds.
     pub async fn begin_lease(&self, lease: i64, node: &NodeInfo, ttl: Duration) -> Result<()> {
-        self.call(async |c, q| {
+        self.call_within(soon(ttl), async |c, q| {
             let ttl = ttl.as_secs_f64();
             c.query_typed(
                 &q.begin_lease,
@@ -161,7 +203,7 @@ impl Store {
 
     /// The heartbeat.
     pub async fn extend(&self, lease: i64, ttl: Duration) -> Result<Extended> {
-        self.call(async |c, q| {
+        self.call_within(soon(ttl), async |c, q| {
             let row = c.query_typed(&q.extend, &[(&lease, Type::INT8), (&ttl.as_secs_f64(), Type::FLOAT8)]).await?;
             Ok(Extended { alive: row[0].get(0), open_claims: row[0].get(1), cancelled: row[0].get(2) })
         })

@@ -42,7 +42,7 @@ queries!(
     enqueue,
     extend,
     finished,
-    finished_cursor_jobs,
+    finished_jobs,
     give_back,
     halt_cursor,
     job,

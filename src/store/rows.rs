@@ -156,6 +156,11 @@ impl Claimed {
         claimed
     }
 
+    /// The jobs that it brought.
+    pub fn ids(&self) -> Vec<i64> {
+        self.runs.iter().flat_map(|run| &run.jobs).map(|job| job.meta.id).collect()
+    }
+
     /// How many jobs it brought.
     pub fn jobs(&self) -> usize {
         self.runs.iter().map(|run| run.jobs.len()).sum()
