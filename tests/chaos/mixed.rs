@@ -1,0 +1,220 @@
+//! Faults of every sort, drawn at random, one after the other, under a steady load: the long form.
+//!
+//! After each fault is healed, the time is measured until jobs finish at 90% of the rate of before. `pgcue verify`
+//! must find nothing while jobs run, and in the end every promise is checked over all that happened.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use rand::RngExt;
+use rand::seq::IndexedRandom;
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::load::Habits;
+use crate::node::{Act, Args, Work};
+use crate::proxy::Weather;
+use crate::world::World;
+use pgcue::Task;
+
+/// Jobs must finish at 90% of the rate of before, this long after a fault was healed.
+const RECOVERY: Duration = Duration::from_secs(35);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Fault {
+    NodeKilled,
+    NodeStopped,
+    NodePoisoned,
+    NodesReplaced,
+    ServerStopped,
+    ServerCrashed,
+    BackendKilled,
+    SessionsTerminated,
+    BlackholedBothWays,
+    BlackholedUpwards,
+    BlackholedDownwards,
+    RepliesSwallowed,
+    ConnectionsReset,
+    ConnectionsCut,
+    Slow,
+    SnapshotPinned,
+    TablesRewritten,
+}
+
+const FAULTS: &[Fault] = &[
+    Fault::NodeKilled,
+    Fault::NodeStopped,
+    Fault::NodePoisoned,
+    Fault::NodesReplaced,
+    Fault::ServerStopped,
+    Fault::ServerCrashed,
+    Fault::BackendKilled,
+    Fault::SessionsTerminated,
+    Fault::BlackholedBothWays,
+    Fault::BlackholedUpwards,
+    Fault::BlackholedDownwards,
+    Fault::RepliesSwallowed,
+    Fault::ConnectionsReset,
+    Fault::ConnectionsCut,
+    Fault::Slow,
+    Fault::SnapshotPinned,
+    Fault::TablesRewritten,
+];
+
+/// What happened of one fault.
+#[derive(Default)]
+struct Tally {
+    times: u32,
+    slowest: Duration,
+}
+
+pub async fn mixed(seed: u64, minutes: f64, nodes: usize) {
+    let mut world = World::with_settings(seed, &["max_wal_size = 4GB"]).await;
+    world.nodes(nodes, &[]).await;
+    world.proxied_load(Habits { pause: Duration::from_millis(60), ..Habits::default() });
+    let end = Instant::now() + Duration::from_secs_f64(minutes * 60.0);
+    let calm = Duration::from_secs_f64((minutes * 6.0).clamp(1.0, 4.0));
+    let mut tallies: BTreeMap<Fault, Tally> = BTreeMap::new();
+    world.progress(100).await;
+    while Instant::now() < end || tallies.is_empty() {
+        let rate = finishing(&world, calm).await;
+        let fault = *FAULTS.choose(&mut world.random).expect("there are faults");
+        let name = format!("{fault:?}");
+        world.breaks(&name);
+        inject(&mut world, fault, calm).await;
+        for number in 0..nodes {
+            if !world.is_alive(number) {
+                world.restart(number, &[]).await;
+            }
+        }
+        world.heals(&name);
+        let healed = Instant::now();
+        let wanted = rate * 0.9;
+        while finishing(&world, Duration::from_secs(1)).await < wanted {
+            assert!(
+                healed.elapsed() < RECOVERY,
+                "seed {seed}: {fault:?} is not recovered from: below {wanted:.0} jobs/s"
+            );
+        }
+        let tally = tallies.entry(fault).or_default();
+        tally.times += 1;
+        tally.slowest = tally.slowest.max(healed.elapsed());
+    }
+    let checked = world.check().await;
+    println!("| fault | times | slowest recovery |\n|---|---|---|");
+    for (fault, tally) in &tallies {
+        println!("| {fault:?} | {} | {:.1} s |", tally.times, tally.slowest.as_secs_f64());
+    }
+    println!(
+        "\n{} jobs acknowledged, {} rolled back, {} of unknown fate, {} finished; {} lost a node and ran again, {} set aside \
+         as poison, {} cancels answered, {} settles refused; seed {seed}, {minutes} minutes, {nodes} nodes",
+        checked.counts.committed,
+        checked.counts.rolled_back,
+        checked.counts.unknown,
+        checked.finished,
+        checked.lost,
+        checked.quarantined,
+        checked.counts.cancelled,
+        checked.refused(),
+    );
+}
+
+/// At which rate jobs finish, per second, over some time.
+async fn finishing(world: &World, time: Duration) -> f64 {
+    let finished = async || world.counts().committed as i64 - world.count("select count(*) from pgcue.jobs").await;
+    let (before, begin) = (finished().await, Instant::now());
+    tokio::time::sleep(time).await;
+    (finished().await - before) as f64 / begin.elapsed().as_secs_f64()
+}
+
+/// Break something for about `time`, and mend it.
+async fn inject(world: &mut World, fault: Fault, time: Duration) {
+    let node = world.random.random_range(0..world.size());
+    let ms = time.as_millis() as u64;
+    let nodes = "application_name like 'pgcue%'";
+    match fault {
+        Fault::NodeKilled => world.kill(node),
+        Fault::NodeStopped => {
+            world.signal(node, Signal::STOP);
+            world.pass(2 * ms).await;
+            world.signal(node, Signal::CONT);
+        }
+        Fault::NodePoisoned => {
+            let key = format!("poison {}", world.random.random::<u32>());
+            let args = Args { key: key.clone(), act: Act::Abort, ..Args::default() };
+            let poison = world.enqueue(&key, Work(args).job().priority(9)).await;
+            let left = format!("select count(*) from pgcue.jobs where id = {poison}");
+            while world.count(&left).await > 0 {
+                for number in 0..world.size() {
+                    if !world.is_alive(number) {
+                        world.restart(number, &[]).await;
+                    }
+                }
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        }
+        Fault::NodesReplaced => {
+            for number in 0..world.size() {
+                world.stop(number).await;
+                world.restart(number, &[]).await;
+            }
+        }
+        Fault::ServerStopped | Fault::ServerCrashed => {
+            let how = if fault == Fault::ServerStopped { "fast" } else { "immediate" };
+            world.control(["stop", "-m", how]).await;
+            world.pass(ms / 2).await;
+            world.control(["start"]).await;
+        }
+        Fault::BackendKilled => {
+            let pid = format!("select pid::bigint from pg_stat_activity where {nodes} limit 1");
+            let pid = Pid::from_raw(world.count(&pid).await as i32);
+            kill_process(pid.expect("a node has a session"), Signal::KILL).expect("the backend lives");
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            world
+                .eventually("the server is back", || async { crate::world::try_connect(&world.url()).await.is_ok() })
+                .await;
+        }
+        Fault::SessionsTerminated => {
+            let terminate = format!(
+                "select count(pg_terminate_backend(pid)) from pg_stat_activity where {nodes} or application_name = 'producer'"
+            );
+            for _ in 0..5 {
+                world.count(&terminate).await;
+                world.pass(ms / 5).await;
+            }
+        }
+        Fault::ConnectionsReset => {
+            for _ in 0..5 {
+                world.proxy.reset();
+                world.pass(ms / 5).await;
+            }
+        }
+        Fault::SnapshotPinned => {
+            let pin = world.sql().await;
+            pin.batch_execute("begin isolation level repeatable read; select count(*) from pgcue.jobs").await.unwrap();
+            world.pass(2 * ms).await;
+        }
+        Fault::TablesRewritten => {
+            let sql = world.sql().await;
+            for table in ["jobs", "claims", "cursors", "leases"] {
+                crate::server::insist(&sql, &format!("vacuum full pgcue.{table}")).await;
+            }
+        }
+        Fault::BlackholedBothWays
+        | Fault::BlackholedUpwards
+        | Fault::BlackholedDownwards
+        | Fault::RepliesSwallowed
+        | Fault::ConnectionsCut
+        | Fault::Slow => {
+            world.proxy.set(Weather {
+                up_lost: matches!(fault, Fault::BlackholedBothWays | Fault::BlackholedUpwards),
+                down_lost: matches!(fault, Fault::BlackholedBothWays | Fault::BlackholedDownwards),
+                replies_swallowed: fault == Fault::RepliesSwallowed,
+                cut_after: (fault == Fault::ConnectionsCut).then(|| world.random.random_range(800..20_000)),
+                delay: Duration::from_millis(if fault == Fault::Slow { 100 } else { 0 }),
+                ..Weather::default()
+            });
+            world.pass(2 * ms).await;
+            world.proxy.set(Weather::default());
+        }
+    }
+}
