@@ -102,7 +102,10 @@ create table claims (
 create index claims_lease on claims (lease);
 
 -- Which cursors there are. Apart from what changes, so that being unique costs a change nothing.
-create table cursor_keys (queue text not null, key text not null, primary key (queue, key));
+-- made_at: from when on the history is this cursor's, and not one's that was deleted.
+create table cursor_keys (
+  queue text not null, key text not null, made_at timestamptz not null default clock_timestamp(), primary key (queue, key)
+);
 
 create table cursors (
   queue text not null,

@@ -6,6 +6,7 @@ mod enqueue;
 mod jobs;
 mod run;
 mod status;
+mod verify;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -62,6 +63,8 @@ enum Command {
     },
     /// Queues, nodes and what finished lately
     Status(status::Status),
+    /// Look for broken promises in the tables, and repair them
+    Verify(verify::Verify),
 }
 
 impl Common {
@@ -137,6 +140,7 @@ async fn run(cli: Cli) -> Result<()> {
             Ok(())
         }
         Command::Status(status) => status.run(&common).await,
+        Command::Verify(verify) => verify.run(&common).await,
     }
 }
 

@@ -24,8 +24,9 @@ const FUNCTIONS: &[&str] = files!(
     "functions/05_settle.sql",
     "functions/06_lease.sql",
     "functions/07_operate.sql",
-    "functions/08_pins.sql",
-    "functions/09_views.sql",
+    "functions/08_verify.sql",
+    "functions/09_pins.sql",
+    "functions/10_views.sql",
 );
 
 /// The newest schema version that this program knows.

@@ -10,6 +10,7 @@ mod queries;
 mod read;
 mod rows;
 mod tid;
+mod verify;
 
 use std::ops::AsyncFn;
 use std::sync::Arc;
@@ -27,6 +28,7 @@ pub(crate) use queries::{Queries, quote};
 pub use read::{CursorFilter, CursorRow, CursorVerb, Filter, JobRow, LiveCount, NodeRow};
 pub use rows::{Claim, Claimed, ClaimedJob, ClaimedRun, EndedRun, Mark, Settlement};
 pub use tid::Tid;
+pub use verify::Offence;
 
 use crate::error::{Error, Result};
 

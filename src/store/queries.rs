@@ -54,6 +54,7 @@ queries!(
     promote,
     reap,
     release_cursor,
+    repair,
     resume_cursor,
     set_cursor_state,
     set_payload,
@@ -62,5 +63,6 @@ queries!(
     stand_sentry,
     tend_history,
     unrest,
+    verify,
     why,
 );

@@ -16,5 +16,6 @@ mod operators;
 mod protocol;
 mod sticky;
 mod support;
+mod verify;
 mod wakeups;
 mod walk;

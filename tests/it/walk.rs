@@ -15,47 +15,12 @@ use tokio_postgres::Client;
 use crate::model::{At, Cursor, Job, KEYS, Model};
 use crate::support::{Db, database, value};
 
-/// Each query must find nothing.
-const INVARIANTS: &[(&str, &str)] = &[
-    ("a plain job is never blocked", "select id from jobs where cursor_key is null and stage = 'blocked'"),
-    (
-        "the head of a free cursor is in the line, or held back by a scheduled one",
-        "select c.key from cursors c cross join lateral (
-           (select m.stage from jobs m where m.id = c.hold) union all
-           (select m.stage from jobs m where m.queue = c.queue and m.cursor_key = c.key and m.stage <> 'scheduled'
-             order by -(m.priority::int), m.expected_at, m.id limit 1) limit 1) h
-         where c.owner is null and c.halted_at is null and h.stage = 'blocked'",
-    ),
-    (
-        "no waiting job but the held one stands before the mark, or before the next one",
-        "select j.id from jobs j join cursors c on c.queue = j.queue and c.key = j.cursor_key
-         cross join lateral (select case when c.owner is null then c.mark else c.next_mark end as mark) m
-         where j.stage <> 'scheduled' and j.token is null and j.id is distinct from c.hold
-           and -(j.priority::int) = (m.mark).rank and j.expected_at = (m.mark).expected_at and j.id < (m.mark).id",
-    ),
-    (
-        "an owner is an open claim",
-        "select key from cursors where owner is not null and owner not in (select token from claims)",
-    ),
-    (
-        "one owner: running jobs of a cursor have its owner's token",
-        "select j.id from jobs j join cursors c on c.queue = j.queue and c.key = j.cursor_key
-         where j.token is not null and j.token is distinct from c.owner",
-    ),
-    (
-        "a claim is open as long as jobs run under it",
-        "select c.token from claims c where c.open <> (select count(*) from jobs j where j.token = c.token)",
-    ),
-    (
-        "no job runs without a claim",
-        "select id from jobs where token is not null and token not in (select token from claims)",
-    ),
-    (
-        "versions are 1..n",
-        "select cursor_key from finished_jobs where cursor_version is not null group by queue, cursor_key
-         having max(cursor_version) <> count(*) or count(distinct cursor_version) <> count(*)",
-    ),
-];
+/// What `verify` cannot promise of every snapshot: a job that is promoted at the instant of a claim may stand
+/// before the mark until a claim meets it in the line. Here nothing happens at the same instant.
+const BEFORE_THE_MARK: &str = "select j.id from jobs j join cursors c on c.queue = j.queue and c.key = j.cursor_key
+     cross join lateral (select case when c.owner is null then c.mark else c.next_mark end as mark) m
+     where j.stage <> 'scheduled' and j.token is null and j.id is distinct from c.hold
+       and -(j.priority::int) = (m.mark).rank and j.expected_at = (m.mark).expected_at and j.id < (m.mark).id";
 
 /// The model and the database, side by side.
 struct Walk {
@@ -274,10 +239,9 @@ impl Walk {
 
     /// The database says what the model says.
     async fn compare(&mut self, what: &str) {
-        for (name, query) in INVARIANTS {
-            let found = self.sql.query(*query, &[]).await.unwrap();
-            assert!(found.is_empty(), "{name}: broken by {what}: {found:?}");
-        }
+        assert_eq!(self.db.store.verify().await.unwrap(), [], "after {what}");
+        let found = self.sql.query(BEFORE_THE_MARK, &[]).await.unwrap();
+        assert!(found.is_empty(), "before the mark after {what}: {found:?}");
         let rows =
             self.sql.query("select id, stage::text, token, attempt, losses from jobs order by id", &[]).await.unwrap();
         let read = |row: &tokio_postgres::Row| {

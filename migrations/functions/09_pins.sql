@@ -10,7 +10,7 @@ begin
     select p.oid from pg_proc p
     where p.pronamespace = (select n.oid from pg_namespace n where n.nspname = current_schema()) and p.proname = any('{
       claim_lanes, claim, settle, give_back, end_lease, extend, reap, cancel, promote,
-      halt_cursor, resume_cursor, release_cursor, skip_cursor, set_cursor_state, delete_cursor, lock_cursor, why}')
+      halt_cursor, resume_cursor, release_cursor, skip_cursor, set_cursor_state, delete_cursor, lock_cursor, why, repair}')
   loop
     execute format('alter function %s
       set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set enable_hashjoin = off

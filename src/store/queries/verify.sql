@@ -1,0 +1,1 @@
+select rule, queue, job, cursor_key, token, found, repair from pgcue.verify()
