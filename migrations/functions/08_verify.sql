@@ -9,7 +9,10 @@
 create or replace function verify() returns table (
   rule text, queue text, job bigint, cursor_key text, token bigint, found text, repair text
 )
-language sql stable set search_path from current set work_mem = '64MB' as $$
+language plpgsql stable set search_path from current set work_mem = '32MB' set jit = off as $$
+#variable_conflict use_column
+begin
+  return query
   with running as materialized (
     select j.id, j.queue, j.cursor_key as key, j.token from jobs j where j.token is not null
   ), heads as (
@@ -48,12 +51,12 @@ language sql stable set search_path from current set work_mem = '64MB' as $$
       format('was cancelled at %s, and would run again', j.cancelled_at), 'cancel'
     from jobs j where j.cancelled_at is not null and j.token is null
     union all
-    select 'live and finished', j.queue, j.id, j.cursor_key, j.token,
-      format('is live, and %s at %s', f.state, f.finished_at), null
-    from jobs j join finished_jobs f on f.id = j.id
-    union all
-    select 'finished twice', min(f.queue), f.id, min(f.cursor_key), null, format('has ended %s times', count(*)), null
-    from finished_jobs f group by f.id having count(*) > 1
+    select 'more than once', null, e.id, null, null, format('is %s, and %s', e.state, e.state_before), null
+    from (
+      select u.id, u.state, lag(u.id) over w as before, lag(u.state) over w as state_before
+      from (select j.id, 'live' as state from jobs j union all select f.id, f.state::text from finished_jobs f) u
+      window w as (order by u.id)
+    ) e where e.id = e.before
     union all
     select 'lane that is not read', l.queue, null, null, null,
       format('%s jobs of priority %s are in no lane: nobody reads them', l.jobs, l.priority), 'add the lane'
@@ -149,8 +152,8 @@ language sql stable set search_path from current set work_mem = '64MB' as $$
       where i.inhparent = 'finished_jobs'::regclass and p.relname = 'finished_jobs_' || to_char(d.day, 'YYYYMMDD'))
   )
   select o.rule, o.queue, o.job, o.cursor_key, o.token, o.found, o.repair
-  from (select o.*, row_number() over (partition by o.rule) as n from offenders o) o where o.n <= 100
-$$;
+  from (select o.*, row_number() over (partition by o.rule) as n from offenders o) o where o.n <= 100;
+end $$;
 
 -- Mend one offender that verify() found. It locks the cursor, then the jobs, looks again, and acts only if
 -- the offence is still there; then the cursor's next job is put in the line. True if it did something.
