@@ -130,7 +130,8 @@ begin
       where c.queue = park.queue and c.key = r.key order by c.turn desc limit 1
     ) newest
     cross join lateral (
-      select c.ctid as tid, c.mark, c.owner is null and c.halted_at is null as free, c.hold
+      select c.ctid as tid, case when c.owner is null then c.mark else c.next_mark end as mark,
+        c.owner is null and c.halted_at is null as free, c.hold
       from cursors c where c.ctid = newest.tid for update skip locked
     ) c
   ), heads as materialized (

@@ -76,13 +76,16 @@ begin
   end if;
 end $$;
 
--- A node leaves: everything it still holds goes back, then its lease ends.
+-- A node leaves: everything it still holds goes back, then its lease ends. The lease is locked first, as by the
+-- reaper: a claim in flight, whose answer the node gave up, ends before or finds no lease.
 create or replace function end_lease(lease bigint) returns int
 language plpgsql set search_path from current as $$
 #variable_conflict use_column
 declare
-  moved int := coalesce((select sum((give_back(c.token, 'release')).moved) from claims c where c.lease = end_lease.lease), 0);
+  moved int;
 begin
+  perform from leases l where l.id = end_lease.lease for update;
+  moved := coalesce((select sum((give_back(c.token, 'release')).moved) from claims c where c.lease = end_lease.lease), 0);
   delete from leases l where l.id = end_lease.lease
     and not exists (select from claims c where c.lease = end_lease.lease);
   return moved;

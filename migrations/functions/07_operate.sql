@@ -280,10 +280,11 @@ begin
       select c.ctid as tid, c.hold from cursors c where c.ctid = k.tid for update skip locked
     ) c
   ), back as (
-    -- It may enter the mailbox before the mark; a held job is found by its id.
+    -- It may enter the mailbox before the mark; a held job is found by its id. Also a mark that is at the start
+    -- is written: so a claim that reads the mailbox as it was before this sees that the row has changed.
     update cursors c set mark = row(-40000, '-infinity', 0), next_mark = row(-40000, '-infinity', 0)
     from free f join keys k on k.queue = f.queue and k.key = f.key
-    where c.ctid = f.tid and ((c.mark).id > 0 or (c.next_mark).id > 0) and k.ids <> array[coalesce(f.hold, 0)]
+    where c.ctid = f.tid and k.ids <> array[coalesce(f.hold, 0)]
   ), locked as materialized (
     select j.ctid as tid from due d join jobs j on j.ctid = d.tid
     where j.stage = 'scheduled'

@@ -73,7 +73,8 @@ impl Report {
             ]
         };
         let done = |offence: &Offence| cells(offence, format!("done: {}", offence.repair.clone().unwrap_or_default()));
-        let left = |offence: &Offence| cells(offence, offence.repair.clone().unwrap_or_else(|| "yours to decide".into()));
+        let left =
+            |offence: &Offence| cells(offence, offence.repair.clone().unwrap_or_else(|| "yours to decide".into()));
         let rows: Vec<_> = self.repaired.iter().map(done).chain(self.found.iter().map(left)).collect();
         match rows.is_empty() {
             true => println!("every promise is kept"),

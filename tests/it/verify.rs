@@ -7,9 +7,10 @@ use pgcue::store::CursorVerb;
 use pgcue::{NewJob, OnRetry};
 use serde_json::{Value, json};
 
+use crate::checker::without;
 use crate::cli::run;
 use crate::crashes::{jobs, node, stop};
-use crate::support::{Db, database, value};
+use crate::support::{Db, database, eventually, value};
 
 /// A small world in the middle of its work:
 /// cursor a runs job 1, and 2 and 3 are parked behind it; cursor b has three finished jobs, and 7 waits for it;
@@ -184,7 +185,9 @@ async fn people_see_a_table_and_a_repair_that_has_nothing_to_do_does_nothing() {
         let repair = repair.filter(|repair| !["reap", "make partitions"].contains(repair)).map(str::to_owned);
         let queue = Some("default".to_owned());
         // On healthy rows of every sort each repair sees that there is nothing to do.
-        for (job, key, token) in [(1, Some("a"), 101), (7, Some("b"), 0), (8, Some("c"), 0), (11, Some("d"), 0), (12, None, 110)] {
+        for (job, key, token) in
+            [(1, Some("a"), 101), (7, Some("b"), 0), (8, Some("c"), 0), (11, Some("d"), 0), (12, None, 110)]
+        {
             let offence = pgcue::store::Offence {
                 repair: repair.clone(),
                 queue: queue.clone(),
@@ -218,7 +221,8 @@ async fn versions_may_begin_anywhere_and_again() {
     assert_eq!(value::<i64>(&sql, "select min(cursor_version) from finished_jobs").await, 2);
     let again = "select claim_one(120, 'b'); select settle(14, 120)";
     sql.batch_execute(again).await.unwrap();
-    let versions: Vec<i64> = value(&sql, "select array_agg(cursor_version order by id) from finished_jobs where state = 'completed'").await;
+    let versions: Vec<i64> =
+        value(&sql, "select array_agg(cursor_version order by id) from finished_jobs where state = 'completed'").await;
     assert_eq!(versions, [2, 3, 1]);
     assert_eq!(db.store.verify().await.unwrap(), []);
 }
@@ -307,4 +311,71 @@ async fn nothing_is_found_while_nodes_work_and_die() {
     let lost: i64 = value(&sql, "select count(*) from finished_jobs where losses > 0 or attempt > 1").await;
     println!("{n} jobs, {lost} of them more than once, {snapshots} snapshots in {:?}", begin.elapsed());
     assert!(snapshots > 20 && lost > 0, "there was something to see");
+}
+
+/// Wait until a session waits for a lock.
+async fn somebody_waits(sql: &tokio_postgres::Client) {
+    let waits = "select exists (select from pg_locks where not granted and pid <> pg_backend_pid())";
+    eventually("a lock is waited for", Duration::from_secs(20), || async { value(sql, waits).await }).await;
+}
+
+/// A node leaves while a claim of it, whose answer it gave up, is in flight.
+#[actix::test]
+async fn a_lease_ends_after_the_claim_in_flight() {
+    let db = database().await;
+    let (sql, slow) = (db.sql().await, db.sql().await);
+    let id = db.client.enqueue(NewJob::new("noop", "1")).await.unwrap().id;
+    sql.batch_execute("select begin_lease(1, 'leaving', '1 h')").await.unwrap();
+    slow.batch_execute("begin; select claim_lanes(1, 5, 'default', null, 1, 1, '{}', '{}')").await.unwrap();
+    let (left, ()) = tokio::join!(db.store.end_lease(1), async {
+        somebody_waits(&sql).await;
+        slow.batch_execute("commit").await.unwrap();
+    });
+    assert_eq!(left.unwrap(), 1, "the job goes back");
+    assert_eq!(db.store.verify().await.unwrap(), []);
+    assert_eq!((db.job(id).await.state, value::<i64>(&sql, "select count(*) from leases").await), ("ready".into(), 0));
+}
+
+/// A job is promoted between the moment a claim looks at the mailbox and the moment it locks the cursor. The
+/// claim's mark must not pass it: parked there, nobody would see it again.
+#[actix::test]
+async fn a_job_that_is_promoted_under_a_claim_is_not_left_before_the_mark() {
+    let db = database().await;
+    let (sql, gate) = (db.sql().await, db.sql().await);
+    sql.batch_execute(
+        "select begin_lease(1, 'tester', '1 h'); select enqueue('noop', cursor_key => 'k');
+         select claim_lanes(1, 2, 'default', null, 1, 1, '{}', '{}'); select settle(1, 2);
+         update cursors set mark = row(-40000, '-infinity', 0), next_mark = row(-40000, '-infinity', 0);
+         select enqueue('noop', cursor_key => 'k', run_at => clock_timestamp() + interval '1 ms');
+         select enqueue_many('noop', '{1,2,3}', cursor_key => 'k'); select setval('horizon', 5)",
+    )
+    .await
+    .unwrap();
+    without(
+        &sql,
+        "take_runs",
+        "where c.ctid = newest.tid and c.owner is null",
+        "where pg_advisory_xact_lock(5)::text = '' and c.ctid = newest.tid and c.owner is null",
+    )
+    .await;
+    gate.batch_execute("select pg_advisory_lock(5)").await.unwrap();
+    let claim = |token: i64| {
+        let claim = "select id from claim_lanes(1, $1, 'default', null, 1, 1, '{}', '{}') where id is not null";
+        let sql = &sql;
+        async move { sql.query_opt(claim, &[&token]).await.unwrap().map(|row| row.get::<_, i64>(0)) }
+    };
+    let (first, ()) = tokio::join!(claim(100), async {
+        somebody_waits(&gate).await;
+        while db.store.promote(10).await.unwrap().0 == 0 {}
+        gate.batch_execute("select pg_advisory_unlock(5)").await.unwrap();
+    });
+    let (mut running, mut token) = (first, 100);
+    while let Some(id) = running {
+        assert_eq!(claim(token + 1).await, None, "parks the others");
+        assert_eq!(db.store.verify().await.unwrap(), [], "while job {id} runs");
+        sql.execute("select settle($1::bigint, $2::bigint)", &[&id, &token]).await.unwrap();
+        token += 2;
+        running = claim(token).await;
+    }
+    assert_eq!(value::<i64>(&sql, "select count(*) from jobs").await, 0, "all of them ran");
 }
