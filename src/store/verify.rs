@@ -17,11 +17,11 @@ const DEADLINE: Duration = Duration::from_secs(3600);
 pub struct Offence {
     /// Which rule, by the name of its offence.
     pub rule: String,
-    /// Where: the queue, the job, the cursor.
+    /// The queue, if it is in one.
     pub queue: Option<String>,
-    #[allow(missing_docs)]
+    /// The job.
     pub job: Option<i64>,
-    #[allow(missing_docs)]
+    /// The cursor.
     pub cursor_key: Option<String>,
     /// The claim; of a lease that nobody ends, the lease.
     pub token: Option<i64>,

@@ -379,3 +379,22 @@ async fn a_job_that_is_promoted_under_a_claim_is_not_left_before_the_mark() {
     }
     assert_eq!(value::<i64>(&sql, "select count(*) from jobs").await, 0, "all of them ran");
 }
+
+/// A job whose id is smaller than those of the run, because somebody chose it.
+#[actix::test]
+async fn a_job_of_an_odd_id_that_is_parked_under_a_run_is_not_left_before_the_mark() {
+    let db = database().await;
+    let sql = db.sql().await;
+    sql.batch_execute(
+        "select begin_lease(1, 'tester', '1 h'); select setval('jobs_id_seq', 100), setval('horizon', 200);
+         select enqueue_many('noop', '{1,2}', cursor_key => 'k');
+         select claim_lanes(1, 5, 'default', null, 1, 1, '{}', '{}');
+         insert into jobs (id, kind, cursor_key) overriding system value values (50, 'noop', 'k');
+         select claim_lanes(1, 6, 'default', null, 1, 1, '{}', '{}')",
+    )
+    .await
+    .unwrap();
+    assert_eq!(value::<i64>(&sql, "select count(*) from jobs where stage = 'blocked'").await, 2);
+    sql.batch_execute("select settle(101, 5)").await.unwrap();
+    assert_eq!(value::<i64>(&sql, "select id from claim()").await, 50);
+}
