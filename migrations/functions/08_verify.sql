@@ -21,6 +21,9 @@ begin
     select distinct on (j.queue, j.cursor_key) j.queue, j.cursor_key as key, j.id, j.stage
     from jobs j where j.cursor_key is not null and j.stage <> 'scheduled'
     order by j.queue, j.cursor_key, (-(j.priority::int)), j.expected_at, j.id
+  ), held as materialized (
+    select c.queue, c.key, c.hold as id, j.stage, j.queue = c.queue and j.cursor_key = c.key as is_its
+    from cursors c left join jobs j on j.id = c.hold where c.hold is not null
   ), versions as (
     -- A cursor that was deleted and comes back counts from 1 again. So what ended before it was made fills
     -- gaps, but proves no fault. Nor does what ended in the first minute of the history's first day: what ended
@@ -89,7 +92,7 @@ begin
       'pass on'
     from heads m
     left join cursors c on c.queue = m.queue and c.key = m.key
-    left join jobs h on h.id = c.hold
+    left join held h on h.queue = m.queue and h.key = m.key and h.stage is not null
     where c.owner is null and c.halted_at is null and coalesce(h.stage, m.stage) = 'blocked'
     union all
     select 'parked before the mark', j.queue, j.id, j.cursor_key, null, 'stands where nobody reads the mailbox any more',
@@ -109,10 +112,8 @@ begin
     from running r left join cursors c on c.queue = r.queue and c.key = r.key
     where r.key is not null and c.owner is distinct from r.token
     union all
-    select 'hold of a job that is gone', c.queue, c.hold, c.key, null, 'holds the cursor, and is no live job of it', 'drop the hold'
-    from cursors c
-    where c.hold is not null
-      and not exists (select from jobs j where j.id = c.hold and j.queue = c.queue and j.cursor_key = c.key)
+    select 'hold of a job that is gone', h.queue, h.id, h.key, null, 'holds the cursor, and is no live job of it', 'drop the hold'
+    from held h where h.is_its is not true
     union all
     select 'cursor without its key', c.queue, null, c.key, null, 'could be made a second time', 'add the key'
     from cursors c where not exists (select from cursor_keys k where k.queue = c.queue and k.key = c.key)
