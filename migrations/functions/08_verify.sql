@@ -30,7 +30,8 @@ begin
     -- in the same settle may have gone with the day before.
     select f.queue, f.cursor_key as key, f.id, f.cursor_version as version,
       f.finished_at >= k.made_at as counts,
-      f.finished_at >= k.made_at and f.finished_at > date_trunc('day', min(f.finished_at) over (), 'UTC') + interval '1 min' as inside
+      f.finished_at >= k.made_at
+        and f.finished_at > date_trunc('day', min(f.finished_at) over (), 'UTC') + interval '1 min' as inside
     from finished_jobs f join cursor_keys k on k.queue = f.queue and k.key = f.cursor_key
     where f.cursor_version is not null
   ), chain as materialized (
@@ -118,7 +119,9 @@ begin
     select 'cursor without its key', c.queue, null, c.key, null, 'could be made a second time', 'add the key'
     from cursors c where not exists (select from cursor_keys k where k.queue = c.queue and k.key = c.key)
     union all
-    select 'key without its cursor', k.queue, null, k.key, null, 'cannot be made: its jobs would never run', 'drop the key'
+    -- Without its state its jobs should not run before somebody has looked.
+    select 'key without its cursor', k.queue, null, k.key, null,
+      'its row and state are gone: insert it again, or delete the key to begin without a state', null
     from cursor_keys k where not exists (select from cursors c where c.queue = k.queue and c.key = k.key)
     union all
     select 'cursor twice', c.queue, null, c.key, null, format('has %s rows', count(*)), null
@@ -132,7 +135,8 @@ begin
     from chain v where v.version > v.before + 1 and v.counts and v.inside_before
     union all
     select 'version of another history', c.queue, null, c.key, null,
-      format('is at version %s, and its history at %s', c.version, case when v.newest > c.version then v.newest else v.last end), null
+      format('is at version %s, and its history at %s', c.version,
+        case when v.newest > c.version then v.newest else v.last end), null
     from cursors c join (
       select v.queue, v.key, max(v.version) as last, max(v.version) filter (where v.counts) as newest, bool_or(v.inside) as inside
       from chain v group by v.queue, v.key
@@ -252,10 +256,6 @@ begin
     done := found;
   when 'add the key' then
     insert into cursor_keys (queue, key) select cursor.queue, cursor.key where cursor.key is not null on conflict do nothing;
-    done := found;
-  when 'drop the key' then
-    delete from cursor_keys k where k.queue = repair.queue and k.key = repair.cursor_key
-      and not exists (select from cursors c where c.queue = k.queue and c.key = k.key);
     done := found;
   when 'make partitions' then
     done := coalesce(tend_history(0) >= 2, false);
