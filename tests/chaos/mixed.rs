@@ -95,6 +95,8 @@ pub async fn mixed(seed: u64, minutes: f64, nodes: usize) {
                 "seed {seed}: {fault:?} is not recovered from: below {wanted:.0} jobs/s"
             );
         }
+        let offences = world.store.verify().await.unwrap();
+        assert!(offences.is_empty(), "seed {seed}: after {fault:?}: {offences:?}");
         let tally = tallies.entry(fault).or_default();
         tally.times += 1;
         tally.slowest = tally.slowest.max(healed.elapsed());

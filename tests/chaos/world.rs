@@ -301,6 +301,7 @@ impl World {
         assert_eq!(self.count("select count(*) from pgcue.claims").await, 0, "a claim is left");
         let connections = "select count(*) from pg_stat_activity where application_name like 'pgcue%'";
         self.eventually("connections close", || async { self.count(connections).await == 0 }).await;
+        assert_eq!(self.store.verify().await.unwrap(), [], "the tables are whole");
         let checker = Checker { fold: Some(&fold), record: Some(self.record()), strict_order: true };
         let violations = checker.check(&self.store).await.unwrap();
         assert!(violations.is_empty(), "{} promises broken:\n{}", violations.len(), lines(&violations));
@@ -339,11 +340,6 @@ impl Checked {
             _ => 0,
         };
         self.record.iter().map(refused).sum()
-    }
-
-    /// How many events of a sort there are on record.
-    pub fn recorded(&self, which: impl Fn(&Event) -> bool) -> usize {
-        self.record.iter().filter(|entry| which(&entry.event)).count()
     }
 }
 

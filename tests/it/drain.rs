@@ -1,19 +1,10 @@
 //! SIGTERM: a node drains, and its exit code tells whether all jobs had finished.
 
-use std::process::{Child, ExitStatus, Stdio};
 use std::time::Duration;
 
 use pgcue::NewJob;
-use rustix::process::{Pid, Signal, kill_process};
 
-use crate::cli::pgcue;
-use crate::support::database;
-
-/// SIGTERM, and wait for the end.
-async fn stop(mut child: Child) -> ExitStatus {
-    kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
-    tokio::task::spawn_blocking(move || child.wait().unwrap()).await.unwrap()
-}
+use crate::support::{NodeProcess, database};
 
 #[actix::test]
 async fn sigterm_drains_and_the_exit_code_tells() {
@@ -24,18 +15,16 @@ async fn sigterm_drains_and_the_exit_code_tells() {
         db.reaches(id, "running").await;
         tokio::time::sleep(Duration::from_millis(500)).await;
     };
-    let mut command = pgcue(&db.url);
-    let child = command.args(["run", "--demo"]).stderr(Stdio::null()).spawn().unwrap();
+    let node = NodeProcess::start(&db, &[]);
     let id = sleep(1500).await.unwrap().id;
     started(id).await;
-    assert_eq!(stop(child).await.code(), Some(0));
+    assert_eq!(node.stop().await.code(), Some(0));
     assert_eq!(db.job(id).await.state, "completed");
 
-    let mut command = pgcue(&db.url);
-    let child = command.env("PGCUE_GRACE", "100ms").args(["run", "--demo"]).stderr(Stdio::null()).spawn().unwrap();
+    let node = NodeProcess::start(&db, &[("PGCUE_GRACE", "100ms")]);
     let id = sleep(60_000).await.unwrap().id;
     started(id).await;
-    assert_eq!(stop(child).await.code(), Some(1));
+    assert_eq!(node.stop().await.code(), Some(1));
     let job = db.job(id).await;
     assert_eq!((job.state.as_str(), job.attempt), ("ready", 0));
 }

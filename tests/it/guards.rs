@@ -26,7 +26,7 @@ pub async fn check(db: &Db, record: Vec<Entry>) -> Vec<Violation> {
 }
 
 /// Take a guard out of a function of the protocol.
-async fn without(sql: &tokio_postgres::Client, function: &str, guard: &str, instead: &str) {
+pub async fn without(sql: &tokio_postgres::Client, function: &str, guard: &str, instead: &str) {
     let query = "select pg_get_functiondef(p.oid) from pg_proc p join pg_namespace n on n.oid = p.pronamespace
         where n.nspname = 'pgcue' and p.proname = $1 order by p.pronargs desc limit 1";
     let text: String = sql.query_one(query, &[&function]).await.unwrap().get(0);

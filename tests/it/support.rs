@@ -1,6 +1,7 @@
 //! What the tests share: one private server a run, a database of its own for each test (cloned from a
 //! migrated template), and waiting for a state instead of sleeping.
 
+use std::process::{Child, ExitStatus, Stdio};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -8,7 +9,10 @@ use std::time::{Duration, Instant};
 use pgcue::dev::PrivateServer;
 use pgcue::store::{JobRow, Store, Target};
 use pgcue::{Client, Config, Node};
+use rustix::process::{Pid, Signal, kill_process};
 use tokio::sync::OnceCell;
+
+use crate::cli::pgcue;
 
 /// The server of this test run. It stops when the process ends.
 pub fn server() -> &'static PrivateServer {
@@ -93,6 +97,46 @@ impl Db {
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
     }
+}
+
+/// A node in a process of its own, which does not outlive its test.
+pub struct NodeProcess(Child);
+
+impl NodeProcess {
+    /// `pgcue run --demo` with these variables.
+    pub fn start(db: &Db, settings: &[(&str, &str)]) -> Self {
+        let mut command = pgcue(&db.url);
+        command.envs(settings.iter().copied()).args(["run", "--demo"]).stdout(Stdio::null()).stderr(Stdio::null());
+        NodeProcess(command.spawn().unwrap())
+    }
+
+    /// SIGKILL.
+    pub fn kill(&mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+
+    pub fn is_alive(&mut self) -> bool {
+        self.0.try_wait().unwrap().is_none()
+    }
+
+    /// SIGTERM, and wait for the end.
+    pub async fn stop(mut self) -> ExitStatus {
+        kill_process(Pid::from_child(&self.0), Signal::TERM).unwrap();
+        tokio::task::spawn_blocking(move || self.0.wait().unwrap()).await.unwrap()
+    }
+}
+
+impl Drop for NodeProcess {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// How many; the documented long form is LONG_TESTS=1.
+pub fn jobs(short: i64, long: i64) -> i64 {
+    if std::env::var_os("LONG_TESTS").is_some() { long } else { short }
 }
 
 /// Wait until a condition holds; panics after a time.

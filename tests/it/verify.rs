@@ -7,10 +7,9 @@ use pgcue::store::CursorVerb;
 use pgcue::{NewJob, OnRetry};
 use serde_json::{Value, json};
 
-use crate::checker::without;
 use crate::cli::run;
-use crate::crashes::{jobs, node, stop};
-use crate::support::{Db, database, eventually, value};
+use crate::guards::without;
+use crate::support::{Db, NodeProcess, database, eventually, jobs, value};
 
 /// A small world in the middle of its work:
 /// cursor a runs job 1, and 2 and 3 are parked behind it; cursor b has three finished jobs, and 7 waits for it;
@@ -263,8 +262,11 @@ async fn nothing_is_found_while_nodes_work_and_die() {
     let sql = db.sql().await;
     let n = jobs(6_000, 60_000);
     let append = |n: i64| {
-        let payload = json!({"n": n, "fail_rate": 0.02}).to_string();
-        let job = NewJob::new("append", payload).cursor(format!("k{}", n % 40)).max_attempts(1000);
+        let job = match n % 50 {
+            0 => NewJob::new("fail", r#"{"times":1}"#),
+            _ => NewJob::new("append", json!({"n": n}).to_string()),
+        };
+        let job = job.cursor(format!("k{}", n % 40)).max_attempts(1000);
         job.on_retry(if n % 2 == 0 { OnRetry::Hold } else { OnRetry::Pass }).priority((n % 3) as i16)
     };
     let job = |n: i64| match n % 4 {
@@ -272,7 +274,8 @@ async fn nothing_is_found_while_nodes_work_and_die() {
         1 => NewJob::new("fail", r#"{"times":1}"#).delay(Duration::from_millis(n as u64 % 1000)),
         _ => append(n / 4),
     };
-    let (mut victim, survivor) = (node(&db), node(&db));
+    let lease = [("PGCUE_LEASE", "3s")];
+    let (mut victim, survivor) = (NodeProcess::start(&db, &lease), NodeProcess::start(&db, &lease));
     let producer = async {
         for n in 0..n {
             let id = db.client.enqueue(job(n)).await.unwrap().id;
@@ -295,9 +298,8 @@ async fn nothing_is_found_while_nodes_work_and_die() {
             assert_eq!(db.store.verify().await.unwrap(), [], "in snapshot {snapshots}, with {left} jobs left");
             snapshots += 1;
             let done: i64 = value(&sql, "select count(*) from finished_jobs").await;
-            if done >= n / 3 && victim.try_wait().unwrap().is_none() {
-                victim.kill().unwrap();
-                victim.wait().unwrap();
+            if done >= n / 3 && victim.is_alive() {
+                victim.kill();
             }
             if done >= n {
                 break;
@@ -306,7 +308,7 @@ async fn nothing_is_found_while_nodes_work_and_die() {
         }
     };
     tokio::join!(producer, verifier);
-    assert!(stop(survivor).await.success());
+    assert!(survivor.stop().await.success());
     assert_eq!(db.store.verify().await.unwrap(), []);
     let lost: i64 = value(&sql, "select count(*) from finished_jobs where losses > 0 or attempt > 1").await;
     println!("{n} jobs, {lost} of them more than once, {snapshots} snapshots in {:?}", begin.elapsed());
