@@ -1,0 +1,466 @@
+//! The line, watermarks, full passes, and how nodes sleep and are woken: two nodes of one slot each, and
+//! three producers with a job each.
+//!
+//! | step | stands for |
+//! |---|---|
+//! | `Insert`, `Announce`, `Publish` | a producer's transaction: the row draws its place, the trigger `announce` calls `wake`, commit |
+//! | `Read`, `Claim`, `Hear` of a pass | `claim_lanes`: rows are locked, the commit, and what the dispatcher makes of the answer |
+//! | `Stand`, `Answer` | `stand_sentry` on the listener's session, and the dispatcher that takes the post or sleeps |
+//! | `Leave` | `leave_sentry` |
+//! | `Notice` | a notification is heard |
+//! | `Tick` | the dispatcher's `poll` |
+//!
+//! A claim takes one job, so that a full pass over several has several slices. What is asked: a job that waits is claimed by a
+//! node with a free slot, though no other job ever ends and nobody enqueues any more. Ticks are disabled, except where
+//! a session is cut: a dead sentry tells nobody.
+//!
+//! Left out: priorities and dated jobs (lanes are read alike), cursors (see `cursors`), the reading again of the
+//! last 100 ms (it only finds sooner what a full pass finds), and the pauses after notifications in vain.
+
+use crate::explorer::{COMES_TO_REST, Protocol, breaks, holds};
+
+const NODES: usize = 2;
+const JOBS: usize = 2;
+
+/// What is taken out of the protocol.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Without {
+    Nothing,
+    /// Producers look whether a sentry sleeps, but take no shared lock: check, then sleep.
+    SharedLock,
+    /// The line is only read from the watermark on.
+    FullPasses,
+    /// Who takes the post sleeps at once.
+    PassAfterTakingThePost,
+    /// What a pass saw before a wake-up counts.
+    WakeUpsDuringPasses,
+    /// A full pass that met rows of another claim has seen all.
+    LookingAgainAtLockedRows,
+    /// A full pass that began before the post was taken, or before a wake-up, has seen all.
+    StartingFullPassesAnew,
+    /// An answer `guarded` is believed although a wake-up came before it.
+    DoubtOfOldAnswers,
+    /// The sentry leaves without telling the others.
+    SentryNotice,
+    /// Nobody looks until somebody tells him to.
+    Tick,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+struct State {
+    jobs: [Job; JOBS],
+    /// The last place of the line that was drawn.
+    drawn: u8,
+    nodes: [Node; NODES],
+    /// Which node's session holds the advisory lock exclusively.
+    sentry: Option<usize>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+struct Job {
+    at: At,
+    /// What its producer holds until the end of its transaction: the lock, shared, or a notification.
+    holds: Option<Held>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+enum At {
+    Unborn,
+    /// Its place is drawn, its producer has not committed.
+    Inserted,
+    /// Committed: in the line.
+    Waiting,
+    /// In the line, and locked by a claim in flight.
+    Locked,
+    Claimed,
+    /// Its producer rolled back.
+    Gone,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+enum Held {
+    SharedLock,
+    Notification,
+}
+
+/// A dispatcher and its listener's session.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+struct Node {
+    doing: Doing,
+    /// How far it read the line.
+    mark: u8,
+    /// Where the next slice of its full pass begins.
+    from: u8,
+    standing: Option<Standing>,
+    /// Woken while a call was on its way.
+    woken: bool,
+    /// No slice of this full pass found or met anything, and no wake-up came since it began.
+    clean: bool,
+    /// A full pass was clean from its start to its end: sleep well.
+    seen_all: bool,
+    /// `leave_sentry` is on its way.
+    leaving: bool,
+    /// Notifications that are on their way.
+    wake: bool,
+    vacant: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+enum Doing {
+    /// Is about to make a pass, now or after a pause of some ms.
+    Awake,
+    /// A claim holds a row.
+    Claiming { job: usize, full: bool },
+    /// A claim found nothing to take and read until there; `met` a row that another claim holds.
+    Looked { until: u8, full: bool, met: bool },
+    /// The listener is asked for the post.
+    Asking,
+    /// Its answer is on its way.
+    Asked(Standing),
+    /// Until a notification or the tick.
+    Asleep,
+    /// The slot is taken.
+    Busy,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+enum Standing {
+    Sentry,
+    Guarded,
+    /// Only producers hold the lock.
+    Busy,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Step {
+    Insert(usize),
+    Publish(usize),
+    /// The producer rolls back.
+    Withdraw(usize),
+    Read { node: usize, full: bool },
+    Claim(usize),
+    /// A claim rolls back.
+    Fail(usize),
+    Hear(usize),
+    Stand(usize),
+    Answer(usize),
+    Leave(usize),
+    Notice(usize),
+    /// A notification that the post is vacant.
+    NoticeVacant(usize),
+    /// The job ends: the slot is free.
+    Finish(usize),
+    /// The node is killed, with its session, and another one begins.
+    Kill(usize),
+    Tick(usize),
+}
+
+/// A job's place in the line: jobs draw in the order of their numbers.
+fn pos(job: usize) -> u8 {
+    job as u8 + 1
+}
+
+struct Wakeups {
+    without: Without,
+    /// Nodes are killed, and claims and producers roll back.
+    faults: bool,
+    jobs: usize,
+}
+
+const NEW: Node = Node {
+    doing: Doing::Awake,
+    mark: 0,
+    from: 0,
+    standing: None,
+    woken: false,
+    clean: false,
+    seen_all: false,
+    leaving: false,
+    wake: false,
+    vacant: false,
+};
+
+impl Wakeups {
+    fn has(&self, guard: Without) -> bool {
+        self.without != guard
+    }
+
+    /// An INSERT: the row draws its place, the statement's trigger calls `wake`.
+    fn insert(&self, s: &mut State, job: usize) {
+        s.drawn += 1;
+        s.jobs[job].at = At::Inserted;
+        s.jobs[job].holds = match s.sentry {
+            Some(_) => Some(Held::Notification),
+            None => Some(Held::SharedLock).filter(|_| self.has(Without::SharedLock)),
+        };
+    }
+
+    /// The first half of `claim_lanes`: read the line, lock the first row.
+    fn read(&self, s: &mut State, n: usize, full: bool) {
+        let node = &mut s.nodes[n];
+        if full && node.from == 0 {
+            node.clean = true;
+        }
+        node.woken = false;
+        let from = if full { node.from } else { node.mark };
+        let first = (usize::from(from)..JOBS).find(|job| matches!(s.jobs[*job].at, At::Waiting | At::Locked));
+        node.doing = match first {
+            None => Doing::Looked { until: s.drawn, full, met: false },
+            Some(job) if s.jobs[job].at == At::Locked => Doing::Looked { until: pos(job), full, met: true },
+            Some(job) => {
+                s.jobs[job].at = At::Locked;
+                Doing::Claiming { job, full }
+            }
+        };
+    }
+
+    /// Remember how far a pass read. True if nothing stands behind.
+    fn remember(node: &mut Node, until: u8, full: bool) -> bool {
+        let ended = until >= node.mark;
+        if full {
+            node.from = if ended { 0 } else { until };
+        }
+        if !full || ended {
+            node.mark = until;
+        }
+        ended
+    }
+
+    /// The claim commits: its job runs, and whoever works is no sentry.
+    fn claim(s: &mut State, n: usize, job: usize, full: bool) {
+        s.jobs[job].at = At::Claimed;
+        let node = &mut s.nodes[n];
+        Self::remember(node, pos(job), full);
+        node.clean = false;
+        node.seen_all = false;
+        node.doing = Doing::Busy;
+        Self::stand_down(node);
+    }
+
+    fn stand_down(node: &mut Node) {
+        node.leaving |= node.standing == Some(Standing::Sentry);
+        node.standing = None;
+    }
+
+    /// A pass brought nothing: sleep if a full pass saw all since the post was taken, else look again or ask.
+    fn hear(&self, node: &mut Node, until: u8, full: bool, met: bool) {
+        let ended = Self::remember(node, until, full);
+        if full {
+            node.clean &= !met || !self.has(Without::LookingAgainAtLockedRows);
+            node.clean |= !self.has(Without::StartingFullPassesAnew) && !met && !node.woken;
+            node.seen_all = ended && node.clean;
+        }
+        let full_passes = self.has(Without::FullPasses);
+        node.doing = match node.standing {
+            _ if node.woken || met => Doing::Awake,
+            Some(_) if node.seen_all || !full_passes => Doing::Asleep,
+            Some(_) => Doing::Awake,
+            None => Doing::Asking,
+        };
+    }
+
+    /// `stand_sentry`: try the lock exclusively.
+    fn stand(s: &mut State, n: usize) -> Standing {
+        assert_ne!(s.sentry, Some(n), "nobody asks for a post that he holds");
+        match s.sentry {
+            Some(_) => Standing::Guarded,
+            None if s.jobs.iter().any(|job| job.holds == Some(Held::SharedLock)) => Standing::Busy,
+            None => {
+                s.sentry = Some(n);
+                Standing::Sentry
+            }
+        }
+    }
+
+    fn answered(&self, node: &mut Node, standing: Standing) {
+        node.doing = Doing::Awake;
+        let old = node.woken && self.has(Without::DoubtOfOldAnswers);
+        if standing == Standing::Busy || standing == Standing::Guarded && old {
+            return;
+        }
+        node.standing = Some(standing);
+        node.clean = false;
+        node.seen_all = false;
+        if !self.has(Without::PassAfterTakingThePost) {
+            node.doing = Doing::Asleep;
+        }
+    }
+
+    /// Somebody says that there may be work.
+    fn woken(&self, node: &mut Node) {
+        match node.doing {
+            Doing::Busy => {}
+            Doing::Asleep | Doing::Awake => node.doing = Doing::Awake,
+            _ => node.woken = self.has(Without::WakeUpsDuringPasses),
+        }
+        if node.woken || matches!(node.doing, Doing::Awake) {
+            node.clean = false;
+            node.seen_all = false;
+        }
+    }
+
+    /// Forget what nobody will look at, so that states that differ in nothing else are one.
+    fn tidy(&self, s: &mut State) {
+        for node in &mut s.nodes {
+            if matches!(node.doing, Doing::Awake | Doing::Asleep | Doing::Busy) {
+                node.woken = false;
+                node.clean &= node.from > 0; // it is set when a full pass begins
+            }
+            node.seen_all &= node.standing.is_some();
+            if node.doing == Doing::Busy {
+                // What it hears now, it will not need to know; its marks are those of nobody.
+                (node.wake, node.vacant) = (false, false);
+            }
+        }
+        // Nodes are alike.
+        if s.nodes[1] < s.nodes[0] {
+            s.nodes.swap(0, 1);
+            s.sentry = s.sentry.map(|sentry| 1 - sentry);
+        }
+    }
+
+    /// The session ends: its lock, its claim in flight, and what it was told are gone.
+    fn kill(s: &mut State, n: usize) {
+        if let Doing::Claiming { job, .. } = s.nodes[n].doing {
+            s.jobs[job].at = At::Waiting;
+        }
+        s.sentry = s.sentry.filter(|sentry| *sentry != n);
+        s.nodes[n] = NEW;
+    }
+}
+
+impl Protocol for Wakeups {
+    type State = State;
+    type Step = Step;
+
+    fn start(&self) -> State {
+        let job = Job { at: At::Unborn, holds: None };
+        State { jobs: [job; JOBS], drawn: 0, nodes: [NEW; NODES], sentry: None }
+    }
+
+    fn steps(&self) -> Vec<Step> {
+        let mut steps = Vec::new();
+        for job in 0..self.jobs {
+            steps.extend([Step::Insert(job), Step::Publish(job)]);
+            steps.extend(self.faults.then_some(Step::Withdraw(job)));
+        }
+        for node in 0..NODES {
+            steps.extend([Step::Read { node, full: false }, Step::Claim(node), Step::Hear(node), Step::Stand(node)]);
+            steps.extend([Step::Answer(node), Step::Leave(node), Step::Notice(node), Step::NoticeVacant(node)]);
+            steps.push(Step::Finish(node));
+            steps.extend(self.has(Without::FullPasses).then_some(Step::Read { node, full: true }));
+            if self.faults {
+                steps.extend([Step::Fail(node), Step::Kill(node)]);
+                steps.extend(self.has(Without::Tick).then_some(Step::Tick(node)));
+            }
+        }
+        steps
+    }
+
+    fn after(&self, mut s: State, step: Step) -> Option<State> {
+        let from = |possible: bool| possible.then_some(());
+        match step {
+            // Producers are alike: they begin in the order of their numbers.
+            Step::Insert(job) => {
+                from(s.jobs[job].at == At::Unborn && s.drawn as usize == job)?;
+                self.insert(&mut s, job);
+            }
+            Step::Publish(job) | Step::Withdraw(job) => {
+                from(s.jobs[job].at == At::Inserted)?;
+                let held = s.jobs[job].holds.take();
+                if step == Step::Withdraw(job) {
+                    s.jobs[job].at = At::Gone;
+                } else {
+                    s.jobs[job].at = At::Waiting;
+                    s.nodes.iter_mut().for_each(|node| node.wake |= held == Some(Held::Notification));
+                }
+            }
+            Step::Read { node, full } => {
+                from(s.nodes[node].doing == Doing::Awake)?;
+                self.read(&mut s, node, full);
+            }
+            Step::Claim(n) | Step::Fail(n) => {
+                let Doing::Claiming { job, full } = s.nodes[n].doing else { return None };
+                if step == Step::Claim(n) {
+                    Self::claim(&mut s, n, job, full);
+                } else {
+                    s.jobs[job].at = At::Waiting;
+                    s.nodes[n].doing = Doing::Awake;
+                }
+            }
+            Step::Hear(n) => {
+                let Doing::Looked { until, full, met } = s.nodes[n].doing else { return None };
+                self.hear(&mut s.nodes[n], until, full, met);
+            }
+            // Calls on a session follow each other.
+            Step::Stand(n) => {
+                from(s.nodes[n].doing == Doing::Asking && !s.nodes[n].leaving)?;
+                s.nodes[n].doing = Doing::Asked(Self::stand(&mut s, n));
+            }
+            Step::Answer(n) => {
+                let Doing::Asked(standing) = s.nodes[n].doing else { return None };
+                self.answered(&mut s.nodes[n], standing);
+            }
+            Step::Leave(n) => {
+                from(std::mem::take(&mut s.nodes[n].leaving))?;
+                s.sentry = None;
+                s.nodes.iter_mut().for_each(|node| node.vacant |= self.has(Without::SentryNotice));
+            }
+            Step::Notice(n) => {
+                from(std::mem::take(&mut s.nodes[n].wake))?;
+                self.woken(&mut s.nodes[n]);
+            }
+            Step::NoticeVacant(n) => {
+                from(std::mem::take(&mut s.nodes[n].vacant))?;
+                Self::stand_down(&mut s.nodes[n]);
+                self.woken(&mut s.nodes[n]);
+            }
+            Step::Finish(n) => {
+                from(s.nodes[n].doing == Doing::Busy)?;
+                s.nodes[n].doing = Doing::Awake;
+            }
+            Step::Kill(n) => Self::kill(&mut s, n),
+            Step::Tick(n) => {
+                from(s.nodes[n].doing == Doing::Asleep)?;
+                s.nodes[n].standing = s.nodes[n].standing.filter(|standing| *standing != Standing::Guarded);
+                s.nodes[n].doing = Doing::Awake;
+            }
+        }
+        self.tidy(&mut s);
+        Some(s)
+    }
+
+    fn is_own(&self, _: &State, step: Step) -> bool {
+        use Step::*;
+        !matches!(step, Insert(_) | Publish(_) | Withdraw(_) | Fail(_) | Finish(_) | Kill(_))
+    }
+
+    fn broken(&self, s: &State) -> Option<&'static str> {
+        let guarded = |n: usize| s.nodes[n].standing == Some(Standing::Sentry) && s.sentry != Some(n);
+        (0..NODES).any(guarded).then_some("who believes to be sentry is")
+    }
+
+    fn is_at_rest(&self, s: &State) -> bool {
+        let waits = |job: &Job| matches!(job.at, At::Waiting | At::Locked);
+        !s.jobs.iter().any(waits) || s.nodes.iter().all(|node| node.doing == Doing::Busy)
+    }
+}
+
+#[test]
+fn a_job_that_waits_is_claimed_without_ticks() {
+    holds("wake-ups", &Wakeups { without: Without::Nothing, faults: false, jobs: JOBS }, 1000);
+}
+
+#[test]
+fn a_job_that_waits_is_claimed_though_nodes_are_killed() {
+    holds("wake-ups with faults", &Wakeups { without: Without::Nothing, faults: true, jobs: JOBS }, 1000);
+}
+
+#[test]
+fn without_a_guard_a_job_waits_for_ever() {
+    use Without::*;
+    for guard in [SharedLock, FullPasses, PassAfterTakingThePost, WakeUpsDuringPasses, LookingAgainAtLockedRows, StartingFullPassesAnew, DoubtOfOldAnswers, SentryNotice] {
+        breaks(&format!("without {guard:?}"), &Wakeups { without: guard, faults: false, jobs: JOBS }, COMES_TO_REST);
+    }
+    breaks("without Tick", &Wakeups { without: Tick, faults: true, jobs: JOBS }, COMES_TO_REST);
+}
