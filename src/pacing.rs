@@ -86,22 +86,33 @@ pub struct FullPasses<M> {
     due: Instant,
     ended: Instant,
     from: M,
+    clean: bool,
 }
 
-impl<M: Clone + Default> FullPasses<M> {
+impl<M: Clone + Default + PartialEq> FullPasses<M> {
     /// The first full pass is due at once.
     pub fn new(now: Instant) -> Self {
-        FullPasses { due: now, ended: now, from: M::default() }
+        FullPasses { due: now, ended: now, from: M::default(), clean: false }
     }
 
-    /// Where the next slice begins.
-    pub fn from(&self) -> M {
+    /// A slice begins there.
+    pub fn begin(&mut self) -> M {
+        self.clean |= self.from == M::default();
         self.from.clone()
     }
 
-    /// A slice ended there; the next pass begins at the start if this one came to its end.
-    pub fn sliced(&mut self, until: M, ended: bool) {
+    /// A slice ended there; the next pass begins at the start if this one came to its end. Clean: it found
+    /// nothing, and met nothing that somebody holds. True if the whole pass was clean and undisturbed: the
+    /// line is empty.
+    pub fn sliced(&mut self, until: M, ended: bool, clean: bool) -> bool {
+        self.clean &= clean;
         self.from = if ended { M::default() } else { until };
+        ended && self.clean
+    }
+
+    /// Something may have come to where this pass has been.
+    pub fn disturb(&mut self) {
+        self.clean = false;
     }
 
     /// True if the next claim must be a slice of a full pass.
@@ -169,6 +180,23 @@ mod tests {
         assert_eq!(marks.next(), 30, "more than 100 ms ago");
         marks.read(at(221), 60, false);
         assert_eq!(marks.next(), 60);
+    }
+
+    #[test]
+    fn only_a_whole_clean_pass_has_seen_all() {
+        let mut passes = FullPasses::<u64>::new(Instant::now());
+        let mut slice = |from, until, ended, clean, disturbed: bool| {
+            assert_eq!(passes.begin(), from);
+            if disturbed {
+                passes.disturb();
+            }
+            passes.sliced(until, ended, clean)
+        };
+        assert!(slice(0, 9, true, true, false));
+        assert!(!slice(0, 9, true, true, true), "a wake-up came after it began");
+        assert!(!slice(0, 5, false, false, false), "its first slice met a row that is locked");
+        assert!(!slice(5, 9, true, true, false), "and the second one does not see that row");
+        assert!(slice(0, 9, true, true, false));
     }
 
     #[test]

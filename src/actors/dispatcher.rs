@@ -63,7 +63,7 @@ pub(crate) struct Resting {
     notified: bool,
     vain: u32,
     standing: Option<Standing>,
-    /// A full pass brought nothing since the post was taken and since the last wake-up: sleep well.
+    /// A whole full pass met nothing since the post was taken and since the last wake-up: sleep well.
     seen_all: bool,
     busy_poll: Duration,
     timer: Option<SpawnHandle>,
@@ -129,7 +129,7 @@ impl Dispatcher {
         self.rest.doing = Doing::Passing;
         self.rest.woken = false;
         let full = self.full_passes && self.rest.passes.is_due(Instant::now());
-        let marks = if full { self.rest.passes.from() } else { self.rest.marks.next() };
+        let marks = if full { self.rest.passes.begin() } else { self.rest.marks.next() };
         let (queue, kinds, pool) = (Arc::clone(&self.queue), Arc::clone(&self.kinds), self.pool.clone());
         let (store, lease, run_length) = (self.store.clone(), self.lease.clone(), self.run_length);
         // While others wait in the line, no cursor gets more than its share.
@@ -200,8 +200,8 @@ impl Dispatcher {
                 let ended = claimed.marks.is_empty() || covers(&claimed.marks, self.rest.marks.last());
                 if full && (found == 0 || !claimed.marks.is_empty()) {
                     self.rest.passes.made(now, claimed.reading);
-                    self.rest.passes.sliced(claimed.marks.clone(), ended);
-                    self.rest.seen_all = ended && found == 0 && !self.rest.woken;
+                    let clean = found == 0 && !claimed.contended;
+                    self.rest.seen_all = self.rest.passes.sliced(claimed.marks.clone(), ended, clean);
                     self.bell.wake_scheduler(Cause::Tick);
                 }
                 if !claimed.marks.is_empty() && (!full || ended) {
@@ -287,6 +287,7 @@ impl Dispatcher {
             Standing::Sentry | Standing::Guarded => {
                 self.rest.standing = Some(standing);
                 self.rest.seen_all = false;
+                self.rest.passes.disturb();
                 self.rest.passes.hurry(Instant::now());
                 self.pass(ctx);
             }
@@ -335,6 +336,7 @@ impl Handler<Wake> for Dispatcher {
     fn handle(&mut self, Wake(cause): Wake, ctx: &mut Self::Context) {
         self.metrics.wakeups.with_label_values(&[&*self.queue, cause.as_str()]).inc();
         self.rest.seen_all = false;
+        self.rest.passes.disturb();
         match cause {
             Cause::Notified => {
                 self.rest.notified = true;

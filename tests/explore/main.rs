@@ -4,5 +4,6 @@
 //! shortest story of each break. No database is needed; `tests/it/walk.rs` compares the real one with a model.
 #![forbid(unsafe_code)]
 
+mod cursors;
 mod explorer;
 mod wakeups;
