@@ -17,7 +17,7 @@
 //! Left out: priorities and dated jobs (lanes are read alike), cursors (see `cursors`), the reading again of the
 //! last 100 ms (it only finds sooner what a full pass finds), and the pauses after notifications in vain.
 
-use crate::explorer::{COMES_TO_REST, Protocol, breaks, holds};
+use crate::explorer::{COMES_TO_REST, Protocol, breaks, holds, is_long};
 
 const NODES: usize = 2;
 const JOBS: usize = 3;
@@ -452,20 +452,25 @@ impl Protocol for Wakeups {
     }
 }
 
+/// Three jobs are one more than two nodes can run at once.
+fn jobs() -> u8 {
+    if is_long() { 3 } else { 2 }
+}
+
 #[test]
 fn a_job_that_waits_is_claimed_without_ticks() {
-    holds("wake-ups", &Wakeups { without: Without::Nothing, kills: false, jobs: 2 }, 1000);
+    holds("wake-ups", &Wakeups { without: Without::Nothing, kills: false, jobs: jobs() }, 130_000);
 }
 
 #[test]
 fn a_job_that_waits_is_claimed_though_nodes_are_killed() {
-    holds("wake-ups with faults", &Wakeups { without: Without::Nothing, kills: true, jobs: 2 }, 1000);
+    holds("wake-ups with kills", &Wakeups { without: Without::Nothing, kills: true, jobs: jobs() }, 200_000);
 }
 
 #[test]
 fn without_a_guard_a_job_waits_for_ever() {
     use Without::*;
-    for guard in [
+    let guards = [
         SharedLock,
         FullPasses,
         PassAfterTakingThePost,
@@ -474,8 +479,9 @@ fn without_a_guard_a_job_waits_for_ever() {
         StartingFullPassesAnew,
         DoubtOfOldAnswers,
         SentryNotice,
-    ] {
-        breaks(&format!("without {guard:?}"), &Wakeups { without: guard, kills: false, jobs: 2 }, COMES_TO_REST);
+    ];
+    for without in guards {
+        breaks(&format!("without {without:?}"), &Wakeups { without, kills: false, jobs: 2 }, COMES_TO_REST);
     }
     breaks("without Tick", &Wakeups { without: Tick, kills: true, jobs: 2 }, COMES_TO_REST);
 }
