@@ -22,6 +22,10 @@
 //! Left out: losses and their limit, suspects (they are claimed alone), attempts, cancelling and operators, the places in the line
 //! and how it is read (see `wakeups`), and marks of mailboxes. A claim takes one run, a node has one run at a time.
 
+mod functions;
+mod state;
+
+use self::state::{Call, Claim, Cursor, Job, Lease, NEW, State, fold};
 use crate::explorer::{COMES_TO_REST, Protocol, breaks, holds, is_long};
 
 const NODES: usize = 2;
@@ -56,7 +60,7 @@ enum Without {
     LeaseLockOfClaims,
     /// The reaper looks at leases, but does not lock them.
     LeaseLockOfReaper,
-    /// A claim does not look whether the cursor is owned, and reads past running jobs.
+    /// A claim does not look whether the cursor is owned, and reads past its running jobs.
     OwnersInClaims,
     /// Who lets go of a cursor leaves its next job parked.
     PassingOn,
@@ -68,97 +72,6 @@ enum Without {
     DeadMark,
     /// Heartbeats do not ask for claims that the node does not know.
     GivingBack,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
-struct State {
-    jobs: [Job; JOBS],
-    cursors: [Cursor; KEYS],
-    /// The table `claims`, by token.
-    claims: [Option<Claim>; NAMES],
-    /// The table `leases`.
-    leases: [Option<Lease>; NAMES],
-    /// The lease that a reaper's transaction has locked.
-    reaping: Option<u8>,
-    nodes: [Node; NODES],
-    orphan: Option<Call>,
-    /// How many more faults will strike.
-    faults: u8,
-    /// A settle was accepted of jobs that its claim did not hold any more.
-    stale: bool,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
-enum Job {
-    /// Its producer has not committed.
-    Unborn,
-    /// `ready`, without a token.
-    InLine,
-    /// `blocked`.
-    Parked,
-    Scheduled,
-    /// Its token.
-    Running(u8),
-    /// In history, with the version it produced; 0 for a plain job.
-    Finished(u8),
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
-struct Cursor {
-    owner: Option<u8>,
-    version: u8,
-    /// The jobs that made it, as the digits of a number.
-    state: u8,
-    hold: Option<usize>,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
-struct Claim {
-    lease: u8,
-    open: u8,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
-enum Lease {
-    Lives,
-    /// Its time ran out; a heartbeat may still extend it.
-    Expired,
-    /// Marked by a reaper that could not take back every job.
-    Dead,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
-struct Node {
-    lease: Option<u8>,
-    claiming: Option<Claiming>,
-    run: Option<Run>,
-}
-
-/// A claim's transaction.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
-struct Claiming {
-    token: u8,
-    lease: u8,
-    /// It holds its lease's row.
-    locked: bool,
-}
-
-/// A claimed run as its node has it: what it found, and the jobs `first..end` of its cursor, or one plain job.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
-struct Run {
-    token: u8,
-    lease: u8,
-    /// A bit for each job.
-    jobs: u8,
-    version: u8,
-    state: u8,
-}
-
-/// A call that nobody waits for any more.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
-enum Call {
-    Claim(Claiming),
-    Settle { run: Run, completed: u8 },
 }
 
 /// Who made a call.
@@ -183,7 +96,7 @@ enum Step {
     Extend(usize),
     GiveBack(usize, u8),
     LockDead(u8),
-    /// `stuck`: jobs are locked by somebody else, and stay claimed until a later pass.
+    /// `stuck`: the jobs of one claim are locked by somebody else, and stay claimed until a later pass.
     Reap {
         stuck: bool,
     },
@@ -216,242 +129,6 @@ impl Cursors {
         (0..JOBS).filter(move |job| self.keys[*job] == Some(key))
     }
 
-    /// The job of a cursor that must run next: the held one, or the first of the mailbox.
-    fn head(&self, s: &State, key: usize) -> Option<usize> {
-        let in_mailbox = |job: &usize| matches!(s.jobs[*job], Job::InLine | Job::Parked | Job::Running(_));
-        s.cursors[key].hold.or_else(|| self.jobs_of(key).find(in_mailbox))
-    }
-
-    /// `claim_lanes`, after its lease is locked: take a plain job, or the first jobs of a free cursor's mailbox.
-    fn claim(&self, s: &mut State, token: u8, lease: u8, job: usize, longest: u8) -> Option<Run> {
-        if s.jobs[job] != Job::InLine || s.claims[token as usize].is_some() {
-            return None;
-        }
-        let mut run = Run { token, lease, jobs: 0, version: 0, state: 0 };
-        match self.keys[job] {
-            None => run.jobs = 1 << job,
-            Some(key) => {
-                let cursor = &s.cursors[key];
-                if cursor.owner.is_some() && self.has(Without::OwnersInClaims) {
-                    return None;
-                }
-                (run.version, run.state) = (cursor.version, cursor.state);
-                let past_running = !self.has(Without::OwnersInClaims);
-                let scheduled = |job: &usize| matches!(s.jobs[*job], Job::Unborn | Job::Scheduled | Job::Finished(_));
-                let runs = |job: &usize| matches!(s.jobs[*job], Job::Running(_));
-                if cursor.hold.is_some_and(|hold| s.jobs[hold] == Job::Scheduled) {
-                    return None;
-                }
-                run.jobs = self
-                    .jobs_of(key)
-                    .filter(|job| !scheduled(job) && !(past_running && runs(job)))
-                    .take_while(|job| !runs(job))
-                    .take(longest.into())
-                    .fold(0, |jobs, job| jobs | 1 << job);
-                s.cursors[key].owner = Some(token);
-            }
-        }
-        // A shorter mailbox is the claim of a shorter run.
-        if run.jobs == 0 || self.keys[job].is_some() && run.jobs.count_ones() != longest.into() {
-            return None;
-        }
-        ones(run.jobs).for_each(|job| s.jobs[job] = Job::Running(token));
-        s.claims[token as usize] = Some(Claim { lease, open: run.jobs.count_ones() as u8 });
-        Some(run)
-    }
-
-    /// The first step of `settle`: let go of the cursor, with the state and version that the run made.
-    fn let_go(&self, s: &mut State, key: usize, run: &Run, completed: u8) {
-        let cursor = &mut s.cursors[key];
-        let owner = cursor.owner == Some(run.token);
-        let version = cursor.version == run.version;
-        let fence = match self.without {
-            Without::OwnerAndVersion => true,
-            Without::Owner => version,
-            Without::Version => owner,
-            _ => owner && version,
-        };
-        if fence {
-            let early = !self.has(Without::StateBeforeLettingGo);
-            let retries = ones(run.jobs).nth(completed.into());
-            *cursor = Cursor {
-                owner: None,
-                version: if early { run.version } else { run.version + completed },
-                state: if early { run.state } else { ones(run.jobs).take(completed.into()).fold(run.state, fold) },
-                hold: retries.filter(|_| self.has(Without::Hold)),
-            };
-        }
-    }
-
-    /// The jobs of a settle: into history, or back; fenced by their token.
-    fn settle_jobs(&self, s: &mut State, run: &Run, completed: u8) {
-        for (n, job) in (0u8..).zip(ones(run.jobs)) {
-            let live = !matches!(s.jobs[job], Job::Finished(_));
-            if s.jobs[job] != Job::Running(run.token) && (self.has(Without::TokenOfJobs) || !live) {
-                continue; // refused
-            }
-            let claim = s.claims[run.token as usize];
-            s.stale |= s.jobs[job] != Job::Running(run.token) || claim.is_none_or(|claim| claim.lease != run.lease);
-            let key = self.keys[job];
-            s.jobs[job] = match n.cmp(&completed) {
-                std::cmp::Ordering::Less => Job::Finished(if key.is_some() { run.version + n + 1 } else { 0 }),
-                std::cmp::Ordering::Equal => Job::Scheduled,
-                std::cmp::Ordering::Greater => Job::Parked,
-            };
-            if let Some(claim) = &mut s.claims[run.token as usize] {
-                claim.open -= 1;
-            }
-        }
-        if s.claims[run.token as usize].is_some_and(|claim| claim.open == 0) {
-            s.claims[run.token as usize] = None;
-        }
-    }
-
-    /// `settle`.
-    fn settle(&self, s: &mut State, run: &Run, completed: u8) {
-        let key = self.keys[run.jobs.trailing_zeros() as usize];
-        if let Some(key) = key {
-            self.let_go(s, key, run, completed);
-        }
-        self.settle_jobs(s, run, completed);
-        if let Some(key) = key {
-            self.pass_on(s, key);
-        }
-    }
-
-    /// Put the head of a free cursor's mailbox back in the line.
-    fn pass_on(&self, s: &mut State, key: usize) {
-        if s.cursors[key].owner.is_none()
-            && self.has(Without::PassingOn)
-            && let Some(head) = self.head(s, key)
-            && s.jobs[head] == Job::Parked
-        {
-            s.jobs[head] = Job::InLine;
-        }
-    }
-
-    /// Take back what is left of a claim: a settle of its runs that nobody completed, and that holds nothing new.
-    fn give_back(&self, s: &mut State, token: u8) {
-        for job in 0..JOBS {
-            if s.jobs[job] == Job::Running(token) {
-                s.jobs[job] = if self.keys[job].is_some() { Job::Parked } else { Job::InLine };
-            }
-        }
-        for key in 0..KEYS {
-            if s.cursors[key].owner == Some(token) {
-                s.cursors[key].owner = None;
-                self.pass_on(s, key);
-            }
-        }
-        s.claims[token as usize] = None;
-    }
-
-    /// A token and a lease that nobody remembers.
-    fn new_names(&self, s: &State) -> (u8, u8) {
-        let (mut tokens, mut leases) = (0u8, 0u8);
-        let mut open = *s;
-        Self::names(&mut open, &mut |token| tokens |= 1 << *token, &mut |lease| leases |= 1 << *lease);
-        for (token, claim) in (0..).zip(s.claims) {
-            if let Some(claim) = claim {
-                tokens |= 1 << token;
-                leases |= 1 << claim.lease;
-            }
-        }
-        (if self.has(Without::NewTokens) { tokens.trailing_ones() as u8 } else { 0 }, leases.trailing_ones() as u8)
-    }
-
-    /// The dispatcher calls for a claim.
-    fn call_claim(&self, s: &State, n: usize) -> Option<Claiming> {
-        let node = &s.nodes[n];
-        let free = node.claiming.is_none() && node.run.is_none();
-        node.lease.filter(|_| free).map(|lease| Claiming { token: self.new_names(s).0, lease, locked: false })
-    }
-
-    /// `claim_lanes` begins: it locks its lease, if that lives. The inner none: it does not.
-    fn lock_lease(&self, s: &State, claiming: Claiming) -> Option<Option<Claiming>> {
-        let waits = s.reaping == Some(claiming.lease) && self.locks();
-        let lives = s.leases[claiming.lease as usize] == Some(Lease::Lives);
-        (!waits).then_some(lives.then_some(Claiming { locked: true, ..claiming }))
-    }
-
-    /// Both sides must lock the lease, or neither is stopped by the other.
-    fn locks(&self) -> bool {
-        self.has(Without::LeaseLockOfClaims) && self.has(Without::LeaseLockOfReaper)
-    }
-
-    fn claiming(s: &State, caller: Caller) -> Option<Claiming> {
-        match (caller, s.orphan) {
-            (Caller::Node(n), _) => s.nodes[n].claiming,
-            (Caller::Orphan, Some(Call::Claim(claiming))) => Some(claiming),
-            _ => None,
-        }
-    }
-
-    /// A claim ends; its node takes the run, unless it has another lease by now.
-    fn answer(s: &mut State, caller: Caller, run: Option<Run>) {
-        match caller {
-            Caller::Orphan => s.orphan = None,
-            Caller::Node(n) => {
-                s.nodes[n].claiming = None;
-                s.nodes[n].run = run.filter(|run| s.nodes[n].lease == Some(run.lease));
-            }
-        }
-    }
-
-    /// Visit every name of a token, and of a lease, that somebody remembers.
-    fn names(s: &mut State, token: &mut impl FnMut(&mut u8), lease: &mut impl FnMut(&mut u8)) {
-        for job in &mut s.jobs {
-            if let Job::Running(name) = job {
-                token(name);
-            }
-        }
-        s.cursors.iter_mut().filter_map(|cursor| cursor.owner.as_mut()).for_each(&mut *token);
-        for node in &mut s.nodes {
-            node.lease.iter_mut().for_each(&mut *lease);
-        }
-        let (claims, runs) =
-            s.nodes.iter_mut().map(|node| (&mut node.claiming, &mut node.run)).unzip::<_, _, Vec<_>, Vec<_>>();
-        let (claim, run) = match &mut s.orphan {
-            Some(Call::Claim(claim)) => (Some(claim), None),
-            Some(Call::Settle { run, .. }) => (None, Some(run)),
-            None => (None, None),
-        };
-        for claim in claims.into_iter().flatten().chain(claim) {
-            token(&mut claim.token);
-            lease(&mut claim.lease);
-        }
-        for run in runs.into_iter().flatten().chain(run) {
-            token(&mut run.token);
-            lease(&mut run.lease);
-        }
-        s.reaping.iter_mut().for_each(&mut *lease);
-    }
-
-    /// Forget what nobody remembers, and give names in the order in which they are met: only which names are equal matters.
-    fn tidy(s: State) -> State {
-        let mut swapped = s;
-        swapped.nodes.swap(0, 1); // nodes are alike
-        Self::renamed(s).min(Self::renamed(swapped))
-    }
-
-    fn renamed(mut s: State) -> State {
-        let (mut tokens, mut leases) = (Names::default(), Names::default());
-        Self::names(&mut s, &mut |token| *token = tokens.of(*token), &mut |lease| *lease = leases.of(*lease));
-        for (token, claim) in std::mem::take(&mut s.claims).into_iter().enumerate() {
-            // A claim that is over, or that nobody else remembers, is there as long as it has jobs.
-            if let Some(claim) = claim {
-                s.claims[tokens.of(token as u8) as usize] = Some(Claim { lease: leases.of(claim.lease), ..claim });
-            }
-        }
-        for (lease, row) in std::mem::take(&mut s.leases).into_iter().enumerate() {
-            // Of a lease that nobody remembers, only the reaper will ever read the row.
-            if let (Some(new), Some(_)) = (leases.0[lease], row) {
-                s.leases[new as usize] = row;
-            }
-        }
-        s
-    }
-
     fn is_fault(&self, s: &State, step: Step) -> bool {
         match step {
             // A node that lives keeps its lease.
@@ -461,39 +138,9 @@ impl Cursors {
             _ => false,
         }
     }
-
-    /// True while a claim in flight holds the lease's row.
-    fn is_shared(s: &State, lease: u8) -> bool {
-        let locks =
-            |caller| Self::claiming(s, caller).is_some_and(|claiming| claiming.locked && claiming.lease == lease);
-        CALLERS.into_iter().any(locks)
-    }
-}
-
-const NEW: Node = Node { lease: None, claiming: None, run: None };
-
-/// New names for old ones, in the order in which they are asked for.
-#[derive(Default)]
-struct Names([Option<u8>; NAMES]);
-
-impl Names {
-    fn of(&mut self, old: u8) -> u8 {
-        let next = self.0.iter().flatten().count() as u8;
-        *self.0[old as usize].get_or_insert(next)
-    }
 }
 
 const CALLERS: [Caller; 3] = [Caller::Node(0), Caller::Node(1), Caller::Orphan];
-
-/// The jobs of a run, in order.
-fn ones(jobs: u8) -> impl Iterator<Item = usize> {
-    (0..JOBS).filter(move |job| jobs & 1 << job != 0)
-}
-
-/// What a job does to the state.
-fn fold(state: u8, job: usize) -> u8 {
-    state * 4 + job as u8 + 1
-}
 
 impl Protocol for Cursors {
     type State = State;
@@ -555,14 +202,14 @@ impl Protocol for Cursors {
                 let claiming = Self::claiming(&s, Caller::Orphan).filter(|claiming| !claiming.locked)?;
                 s.orphan = self.lock_lease(&s, claiming)?.map(Call::Claim);
             }
-            Step::Claim(caller, job, longest) => {
-                let Claiming { token, lease, .. } = Self::claiming(&s, caller).filter(|claiming| claiming.locked)?;
-                let run = self.claim(&mut s, token, lease, job, longest)?;
+            Step::Claim(caller, job, length) => {
+                let claiming = Self::claiming(&s, caller).filter(|claiming| claiming.locked)?;
+                let run = self.claim(&mut s, claiming, job, length)?;
                 Self::answer(&mut s, caller, Some(run));
             }
             Step::ClaimNothing(caller) => {
-                let Claiming { token, lease, .. } = Self::claiming(&s, caller).filter(|claiming| claiming.locked)?;
-                only((0..JOBS).all(|job| self.claim(&mut s.clone(), token, lease, job, 1).is_none()))?;
+                let claiming = Self::claiming(&s, caller).filter(|claiming| claiming.locked)?;
+                only((0..JOBS).all(|job| self.claim(&mut s.clone(), claiming, job, 1).is_none()))?;
                 Self::answer(&mut s, caller, None);
             }
             Step::Settle(n, completed) => {
@@ -615,14 +262,10 @@ impl Protocol for Cursors {
                 let lease = s.reaping.take()?;
                 let of_lease = |claim: &Option<Claim>| claim.is_some_and(|claim| claim.lease == lease);
                 let claims: Vec<u8> = (0..NAMES as u8).filter(|token| of_lease(&s.claims[*token as usize])).collect();
-                if stuck {
-                    only(!claims.is_empty())?;
-                    s.leases[lease as usize] =
-                        Some(if self.has(Without::DeadMark) { Lease::Dead } else { Lease::Expired });
-                } else {
-                    claims.iter().for_each(|token| self.give_back(&mut s, *token));
-                    s.leases[lease as usize] = None;
-                }
+                only(!stuck || !claims.is_empty())?;
+                claims.iter().skip(stuck.into()).for_each(|token| self.give_back(&mut s, *token));
+                let dead = if self.has(Without::DeadMark) { Lease::Dead } else { Lease::Expired };
+                s.leases[lease as usize] = stuck.then_some(dead);
             }
             Step::Promote(job) => {
                 only(s.jobs[job] == Job::Scheduled)?;
@@ -638,7 +281,7 @@ impl Protocol for Cursors {
                 s.leases[lease as usize] = Some(Lease::Expired);
             }
         }
-        Some(Self::tidy(s))
+        Some(s.tidy())
     }
 
     fn is_own(&self, s: &State, step: Step) -> bool {
