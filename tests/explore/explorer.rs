@@ -1,10 +1,9 @@
 //! A breadth-first explorer of small protocols: it visits every state that any order of steps can reach, and
 //! remembers how it came there.
 //!
-//! Two questions are asked of a space. *Is a promise broken in some state?* And *can everything still come to
-//! rest, from every state, by the protocol's own steps*, that is without new work, luck or faults?
-//! The second one is why this is not one of the libraries for models: they ask what is eventually true on paths that end,
-//! and a protocol that retries for ever has none that must.
+//! It asks two questions. *Is a promise broken in some state?* And *can all come to rest, from every state, by the
+//! protocol's own steps*, that is without faults, luck or new work? The second one is why this is no library: those
+//! ask what becomes true on every path that ends, and where everything may be tried again for ever, no path has to.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt::Debug;

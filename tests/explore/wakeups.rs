@@ -3,16 +3,17 @@
 //!
 //! | step | stands for |
 //! |---|---|
-//! | `Insert`, `Announce`, `Publish` | a producer's transaction: the row draws its place, the trigger `announce` calls `wake`, commit |
-//! | `Read`, `Claim`, `Hear` of a pass | `claim_lanes`: rows are locked, the commit, and what the dispatcher makes of the answer |
-//! | `Stand`, `Answer` | `stand_sentry` on the listener's session, and the dispatcher that takes the post or sleeps |
+//! | `Insert`, `Publish` | a producer: the row draws its place, and the trigger `announce` calls `wake`; commit |
+//! | `Read`, `Claim` | `claim_lanes`: it reads the line and locks a row; commit |
+//! | `Hear` | the dispatcher hears that a claim brought nothing |
+//! | `Stand`, `Answer` | `stand_sentry` on the listener's session; the dispatcher takes the post, or not |
 //! | `Leave` | `leave_sentry` |
-//! | `Notice` | a notification is heard |
+//! | `Notice`, `NoticeVacant` | a notification arrives |
 //! | `Tick` | the dispatcher's `poll` |
 //!
-//! A claim takes one job, so that a full pass over several has several slices. What is asked: a job that waits is claimed by a
-//! node with a free slot, though no other job ever ends and nobody enqueues any more. Ticks are disabled, except where
-//! a session is cut: a dead sentry tells nobody.
+//! What is asked: a job that waits is claimed by a node with a free slot, though no other job ever ends and nobody
+//! enqueues any more. Ticks are disabled, except where nodes are killed: a dead sentry tells nobody. Claims and
+//! producers roll back at any time. A claim takes one job, so a full pass over more has several slices.
 //!
 //! Left out: priorities and dated jobs (lanes are read alike), cursors (see `cursors`), the reading again of the
 //! last 100 ms (it only finds sooner what a full pass finds), and the pauses after notifications in vain.

@@ -110,7 +110,7 @@ impl Cursors {
         }
     }
 
-    /// Take back what is left of a claim: a settle of its runs that nobody completed, and that holds nothing new.
+    /// Take back what is left of a claim, as a settle would that completed nothing.
     pub fn give_back(&self, s: &mut State, token: u8) {
         for job in 0..JOBS {
             if s.jobs[job] == Job::Running(token) {
@@ -147,18 +147,15 @@ impl Cursors {
         node.lease.filter(|_| free).map(|lease| Claiming { token: self.new_names(s).0, lease, locked: false })
     }
 
-    /// `claim_lanes` begins: it locks its lease, if that lives. The inner none: it does not.
+    /// `claim_lanes` begins: it waits for a reaper that holds the lease (none), and then locks it, if it lives (else an
+    /// inner none).
     pub fn lock_lease(&self, s: &State, claiming: Claiming) -> Option<Option<Claiming>> {
-        let waits = s.reaping == Some(claiming.lease) && self.locks();
+        let waits = s.reaping == Some(claiming.lease) && self.has(Without::LeaseLock);
         let lives = s.leases[claiming.lease as usize] == Some(Lease::Lives);
         (!waits).then_some(lives.then_some(Claiming { locked: true, ..claiming }))
     }
 
-    /// Both sides must lock the lease, or neither is stopped by the other.
-    pub fn locks(&self) -> bool {
-        self.has(Without::LeaseLockOfClaims) && self.has(Without::LeaseLockOfReaper)
-    }
-
+    /// The claim that a caller is making.
     pub fn claiming(s: &State, caller: Caller) -> Option<Claiming> {
         match (caller, s.orphan) {
             (Caller::Node(n), _) => s.nodes[n].claiming,
