@@ -1,5 +1,23 @@
 -- Putting jobs in: a plain INSERT or COPY into jobs, or these functions, which do the same.
 
+-- Every function of the protocol refuses a bad argument in the same words; null is said, too.
+create or replace function refuse(argument text, value text, allowed text) returns void
+language plpgsql set search_path from current as $$
+begin
+  raise exception 'pgcue: % is %: give %', refuse.argument, coalesce(left(refuse.value, 80), 'null'), refuse.allowed
+    using errcode = 'invalid_parameter_value';
+end $$;
+
+-- A smallint of an argument that callers may write as a plain number; the table's checks say the rest.
+create or replace function small(argument text, value int) returns smallint
+language plpgsql set search_path from current as $$
+begin
+  if small.value not between -32768 and 32767 then
+    perform refuse(small.argument, small.value::text, '-32768 to 32767');
+  end if;
+  return small.value;
+end $$;
+
 -- A job for later is not born ready (only such rows pay for the call).
 create or replace function schedule_later() returns trigger
 language plpgsql set search_path from current as $$
@@ -43,9 +61,9 @@ language sql set search_path from current as $$
   insert into jobs (kind, payload, queue, priority, expected_at, run_at, max_attempts, timeout, cursor_key, headers,
     on_retry, on_failure)
   values (
-    enqueue.kind, coalesce(enqueue.payload, 'null'), coalesce(enqueue.queue, 'default'),
-    coalesce(enqueue.priority, 0), coalesce(enqueue.expected_at, 'infinity'),
-    coalesce(enqueue.run_at, now()), coalesce(enqueue.max_attempts, 25),
+    coalesce(enqueue.kind, ''), coalesce(enqueue.payload, 'null'), coalesce(enqueue.queue, 'default'),
+    small('priority', coalesce(enqueue.priority, 0)), coalesce(enqueue.expected_at, 'infinity'),
+    coalesce(enqueue.run_at, now()), small('max_attempts', coalesce(enqueue.max_attempts, 25)),
     enqueue.timeout, enqueue.cursor_key, enqueue.headers, enqueue.on_retry, enqueue.on_failure
   ) returning id
 $$;
@@ -69,13 +87,27 @@ language sql set search_path from current as $$
   insert into jobs (kind, payload, queue, priority, expected_at, run_at, max_attempts, timeout, cursor_key, headers,
     on_retry, on_failure)
   select
-    enqueue_many.kind, coalesce(p.payload, 'null'), coalesce(enqueue_many.queue, 'default'),
-    coalesce(enqueue_many.priority, 0), coalesce(enqueue_many.expected_at, 'infinity'),
-    coalesce(enqueue_many.run_at, now()), coalesce(enqueue_many.max_attempts, 25),
+    coalesce(enqueue_many.kind, ''), coalesce(p.payload, 'null'), coalesce(enqueue_many.queue, 'default'),
+    (select small('priority', coalesce(enqueue_many.priority, 0))), coalesce(enqueue_many.expected_at, 'infinity'),
+    coalesce(enqueue_many.run_at, now()), (select small('max_attempts', coalesce(enqueue_many.max_attempts, 25))),
     enqueue_many.timeout, enqueue_many.cursor_key, enqueue_many.headers, enqueue_many.on_retry, enqueue_many.on_failure
   from unnest(enqueue_many.payloads) with ordinality p(payload, n) order by p.n
   returning id
 $$;
+
+-- A payload's fields, for merging. What jsonb cannot hold (\u0000, half a surrogate pair, 1e400000) is
+-- said of the payload that has it; the subtransaction writes nothing, and only merges pay for it.
+create or replace function fields(payload json, whose text) returns jsonb
+language plpgsql set search_path from current as $$
+begin
+  if json_typeof(fields.payload) = 'object' then
+    return fields.payload::jsonb;
+  end if;
+  return null;
+exception when data_exception or program_limit_exceeded then
+  raise exception 'pgcue: % cannot be merged: %', fields.whose, sqlerrm
+    using errcode = 'invalid_parameter_value', hint = 'Give on_conflict => ''replace'' or ''keep''.';
+end $$;
 
 -- Enqueue unless a job of this queue, kind and collapse_key (the cursor_key, if none is given) waits for
 -- its first start; then return that one's id, and collapsed = true. The waiting job keeps its options and
@@ -109,31 +141,34 @@ language plpgsql set search_path from current as $$
 #variable_conflict use_column
 declare
   new_id bigint;
+  new_fields jsonb;
 begin
   if coalesce(collapse.collapse_key, collapse.cursor_key) is null then
-    raise exception 'pgcue: collapse_key is null: give a collapse_key or a cursor_key'
-      using errcode = 'invalid_parameter_value';
+    perform refuse('collapse_key', null, 'a collapse_key or a cursor_key');
   end if;
   if collapse.on_conflict in ('keep', 'replace', 'merge') is not true then
-    raise exception 'pgcue: on_conflict is %: give keep, replace or merge', collapse.on_conflict
-      using errcode = 'invalid_parameter_value';
+    perform refuse('on_conflict', collapse.on_conflict, 'keep, replace or merge');
+  end if;
+  if collapse.on_conflict = 'merge' then
+    -- Also if nothing waits yet: else the next caller would be told of it.
+    new_fields := fields(collapse.payload, 'payload');
   end if;
   lock table jobs in row exclusive mode; -- before an id is drawn: see move_horizon
   new_id := nextval('jobs_id_seq');
   insert into jobs as j (id, kind, payload, queue, priority, expected_at, run_at, max_attempts, timeout, cursor_key,
     headers, on_retry, on_failure, collapse_key)
   overriding system value values (
-    new_id, collapse.kind, coalesce(collapse.payload, 'null'), coalesce(collapse.queue, 'default'),
-    coalesce(collapse.priority, 0), coalesce(collapse.expected_at, 'infinity'),
-    coalesce(collapse.run_at, now()), coalesce(collapse.max_attempts, 25),
+    new_id, coalesce(collapse.kind, ''), coalesce(collapse.payload, 'null'), coalesce(collapse.queue, 'default'),
+    small('priority', coalesce(collapse.priority, 0)), coalesce(collapse.expected_at, 'infinity'),
+    coalesce(collapse.run_at, now()), small('max_attempts', coalesce(collapse.max_attempts, 25)),
     collapse.timeout, collapse.cursor_key, collapse.headers, collapse.on_retry, collapse.on_failure,
     coalesce(collapse.collapse_key, collapse.cursor_key)
   )
   on conflict (queue, kind, collapse_key) where collapse_key is not null do update set
     payload = case
       when collapse.on_conflict = 'keep' then j.payload
-      when collapse.on_conflict = 'merge' and json_typeof(j.payload) = 'object' and json_typeof(excluded.payload) = 'object'
-        then (j.payload::jsonb || excluded.payload::jsonb)::json
+      when new_fields is not null
+        then coalesce((fields(j.payload, 'payload of waiting job ' || j.id) || new_fields)::json, excluded.payload)
       else excluded.payload end,
     run_at = least(j.run_at, excluded.run_at),
     -- A cursor's job is moved into its mailbox by promote, which knows how.

@@ -4,7 +4,7 @@
 -- an hour. The same formula as RetryPolicy::default in Rust.
 create or replace function backoff(attempt int) returns interval
 language sql volatile set search_path from current as $$
-  select make_interval(secs => least(power(2, least(backoff.attempt, 30) - 1), 3600) * (0.5 + random() / 2))
+  select make_interval(secs => least(power(2, greatest(least(backoff.attempt, 30), 1) - 1), 3600) * (0.5 + random() / 2))
 $$;
 
 -- Move live rows into history, addressed by (tid, id, token); token null means a job that no one runs.
@@ -151,13 +151,26 @@ language plpgsql set search_path from current as $$
 #variable_conflict use_column
 declare
   hints tid[] := settle.tids;
-  with_cursors boolean := cardinality(settle.run_keys) > 0;
+  attempts int := cardinality(settle.ids);
+  runs int := cardinality(settle.run_keys);
+  with_cursors boolean := coalesce(runs > 0, false);
   finished record;
   back record;
   queues text[];
   done bigint[] := '{}';
 begin
   perform require_read_committed();
+  if (cardinality(settle.tids) = attempts and cardinality(settle.tokens) = attempts
+      and cardinality(settle.outcomes) = attempts) is not true then
+    perform refuse('ids', coalesce(attempts::text || ' long', 'null'),
+      'tids, ids, tokens and outcomes of one length');
+  end if;
+  if with_cursors and (cardinality(settle.run_queues) = runs and cardinality(settle.run_tokens) = runs
+      and cardinality(settle.run_versions) = runs and cardinality(settle.run_new_versions) = runs
+      and array_position(settle.run_new_versions, null) is null) is not true then
+    perform refuse('run_keys', runs || ' long',
+      'run_queues, run_keys, run_tokens, run_versions and run_new_versions of one length, without nulls');
+  end if;
   if with_cursors then
     perform let_go(settle.ids, settle.outcomes, settle.run_queues, settle.run_keys, settle.run_tokens,
       settle.run_versions, settle.run_new_versions, settle.run_states, settle.run_holds, settle.run_whole);
@@ -226,9 +239,11 @@ declare
   job record;
   refused bigint[];
 begin
-  if not settle.outcome in ('completed', 'failed', 'cancelled', 'retry', 'snooze', 'release') then
-    raise exception 'pgcue: outcome % is none of completed, failed, cancelled, retry, snooze, release', settle.outcome
-      using errcode = 'invalid_parameter_value';
+  if settle.outcome in ('completed', 'failed', 'cancelled', 'retry', 'snooze', 'release') is not true then
+    perform refuse('outcome', settle.outcome, 'completed, failed, cancelled, retry, snooze or release');
+  end if;
+  if not settle.delay between interval '0' and interval '1000 years' then
+    perform refuse('delay', settle.delay::text, '0 to 1000 years');
   end if;
   select j.ctid as tid, j.on_retry, c.queue, c.key, c.state::text, c.version, c.version as new_version,
       null::bigint as hold into job

@@ -1,13 +1,25 @@
 -- Leases: a node's right to run what it claimed, kept alive by one heartbeat and ended by the reaper.
 
+create or replace function check_ttl(argument text, ttl interval) returns void
+language plpgsql set search_path from current as $$
+begin
+  if (check_ttl.ttl > interval '0' and check_ttl.ttl <= interval '1000 years') is not true then
+    perform refuse(check_ttl.argument, check_ttl.ttl::text, 'a time longer than zero, up to 1000 years');
+  end if;
+end $$;
+
 create or replace function begin_lease(
   lease bigint, node text, ttl interval, queues text[] default null, kinds text[] default null
 ) returns void
-language sql set search_path from current as $$
+language plpgsql set search_path from current as $$
+begin
+  perform refuse('lease', null, 'a random number that was never used') where begin_lease.lease is null;
+  perform refuse('node', null, 'its name') where begin_lease.node is null;
+  perform check_ttl('ttl', begin_lease.ttl);
   insert into leases (id, node, ttl, queues, kinds, expires_at)
   values (begin_lease.lease, begin_lease.node, begin_lease.ttl, begin_lease.queues, begin_lease.kinds,
-    clock_timestamp() + begin_lease.ttl)
-$$;
+    clock_timestamp() + begin_lease.ttl);
+end $$;
 
 -- The heartbeat; also for SQL consumers, whose lease is their claim's token. alive: the lease goes on,
 -- for another ttl from now; a dead lease is never revived. Then its open claims, so that the node gives
@@ -18,6 +30,7 @@ create or replace function extend(
 language plpgsql set search_path from current as $$
 #variable_conflict use_column
 begin
+  perform check_ttl('ttl', extend.ttl);
   update leases l set seen_at = clock_timestamp(), ttl = extend.ttl, expires_at = clock_timestamp() + extend.ttl
     where l.id = extend.lease and l.dead_at is null;
   alive := found;
@@ -35,6 +48,9 @@ declare
   free record;
 begin
   perform require_read_committed();
+  if give_back.outcome in ('release', 'lost') is not true then
+    perform refuse('outcome', give_back.outcome, 'release or lost');
+  end if;
   with mine as materialized (
     select j.id, j.queue, j.cursor_key as key from claims c join jobs j on j.id = any(c.ids) and j.token = c.token
     where c.token = give_back.token and (give_back.key is null or j.cursor_key = give_back.key)

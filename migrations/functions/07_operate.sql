@@ -174,7 +174,7 @@ declare
   l leases;
   h jobs;
   ahead bigint;
-  this text := format('job %s ', why.id);
+  this text := format('job %s ', coalesce(why.id::text, 'null'));
 begin
   select * into j from jobs where jobs.id = why.id;
   if not found then
@@ -238,16 +238,22 @@ begin
 end $$;
 
 create or replace function pause(queue text) returns void
-language sql set search_path from current as $$
+language plpgsql set search_path from current as $$
+begin
+  if octet_length(pause.queue) between 1 and 512 is not true then
+    perform refuse('queue', pause.queue, 'a name of 1 to 512 bytes');
+  end if;
   insert into queues (name, paused_at) values (pause.queue, clock_timestamp())
-  on conflict (name) do update set paused_at = coalesce(queues.paused_at, excluded.paused_at)
-$$;
+  on conflict (name) do update set paused_at = coalesce(queues.paused_at, excluded.paused_at);
+end $$;
 
 create or replace function resume(queue text) returns void
-language sql set search_path from current as $$
+language plpgsql set search_path from current as $$
+begin
+  perform refuse('queue', null, 'its name') where resume.queue is null;
   update queues set paused_at = null where name = resume.queue;
-  select wake(resume.queue)
-$$;
+  perform wake(resume.queue);
+end $$;
 
 -- Move up to max_jobs due jobs into the line. due_in_ms: how long until the next one is due; null
 -- when none is scheduled. Any number of nodes may call it at once. A job whose cursor is locked this
@@ -259,6 +265,9 @@ declare
   cutoff timestamptz := clock_timestamp();
   queues text[];
 begin
+  if promote.max_jobs > 0 is not true then
+    perform refuse('max_jobs', promote.max_jobs::text, '1 or more');
+  end if;
   -- Every cursor that is concerned must be there to be locked.
   perform make_cursors(d.queue, array_agg(distinct d.key)) from (
     select j.queue, j.cursor_key as key from jobs j
@@ -316,6 +325,9 @@ declare
   name text;
   ahead int := 0;
 begin
+  if keep_days between 0 and 36500 is not true then
+    perform refuse('keep_days', keep_days::text, '0 to 36500');
+  end if;
   if not pg_try_advisory_xact_lock(hashtext('pgcue.' || current_schema()), 64) then
     return null; -- another node is at it
   end if;

@@ -105,9 +105,9 @@ async fn the_database_refuses_in_words_that_name_the_field() {
         ("insert into jobs (kind, timeout) values ('k', '-1 s')", "timeout must be longer than zero, up to 1000 years"),
         ("select enqueue('k', run_at => 'infinity')", "run_at must be finite"),
         ("select enqueue('k', max_attempts => 0)", "max_attempts must be 1 or more"),
-        ("select enqueue('k', priority => 40000)", "smallint out of range"),
+        ("select enqueue('k', priority => 40000)", "priority is 40000: give -32768 to 32767"),
         ("select enqueue('k', '{\"a\":}')", "invalid input syntax for type json"),
-        ("select settle(1, 1, 'done')", "outcome done is none of completed, failed, cancelled, retry, snooze, release"),
+        ("select settle(1, 1, 'done')", "outcome is done: give completed, failed, cancelled, retry, snooze or release"),
     ] {
         let error = sql.batch_execute(statement).await.unwrap_err();
         let message = error.as_db_error().unwrap().message();
