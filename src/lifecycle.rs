@@ -6,6 +6,9 @@ use crate::error::shorten;
 use crate::outcome::{JobResult, Left, Outcome};
 use crate::retry::RetryPolicy;
 
+/// No delay or timeout is longer: a thousand years of 360 days, as the database compares them.
+pub(crate) const MAX_DELAY: Duration = Duration::from_secs(360_000 * 24 * 3600);
+
 /// How an attempt ended, as its slot saw it.
 #[derive(Debug, Clone, PartialEq)]
 pub enum End {
@@ -103,6 +106,7 @@ impl Verdict {
                 limits.result
             ));
         }
+        self.delay = self.delay.map(|delay| delay.min(MAX_DELAY));
         self.error = self.error.map(|error| shorten(&error.replace('\0', "\u{fffd}"), limits.result));
         self
     }

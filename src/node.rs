@@ -162,6 +162,7 @@ impl Node {
                 let pool = WorkerPool::new(
                     Arc::clone(&name),
                     queue.clone(),
+                    store.clone(),
                     handlers,
                     lease.clone(),
                     endings,

@@ -40,7 +40,8 @@ impl RetryPolicy {
     pub fn delay(&self, attempt: u16, u: f64) -> Duration {
         let exponent = i32::from(attempt.max(1)) - 1;
         let full = (self.base.as_secs_f64() * self.factor.powi(exponent)).min(self.max.as_secs_f64());
-        Duration::from_secs_f64((full * (1.0 - self.jitter * u)).max(0.0))
+        // What no duration can hold is as long as any.
+        Duration::try_from_secs_f64((full * (1.0 - self.jitter * u)).max(0.0)).unwrap_or(self.max)
     }
 }
 
@@ -57,6 +58,13 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn any_policy_has_a_delay(base: u64, max: u64, factor: f64, jitter: f64, attempt: u16, u in 0.0..1.0f64) {
+            let policy = RetryPolicy { base: Duration::from_secs(base), factor, max: Duration::from_secs(max), jitter };
+            let delay = policy.delay(attempt, u);
+            prop_assert!(delay <= policy.max || !(0.0..=1.0).contains(&jitter), "{delay:?}");
+        }
+
         #[test]
         fn stays_between_half_and_whole(attempt in 1u16..2000, u in 0.0..1.0f64) {
             let policy = RetryPolicy::default();

@@ -37,7 +37,7 @@ pub trait Task: Serialize + DeserializeOwned + Send + Unpin + 'static {
     /// What its cursor does after it failed for good.
     const ON_FAILURE: OnFailure = OnFailure::Continue;
 
-    /// When a failed attempt runs again.
+    /// When a failed attempt runs again; asked once, when the handler is registered.
     fn retry() -> RetryPolicy {
         RetryPolicy::default()
     }

@@ -96,10 +96,12 @@ end $$;
 -- and in waited_ms how long all the reading took. Then, with no id, each cursor that is owned now. Then
 -- the jobs in the order in which they should start; those of one cursor stand together and are one run of
 -- up to run_length jobs, or up to longest_run when few cursors share the claim. Of the rows of busy
--- cursors that stand in the way, to_park are parked; the rest is read past.
+-- cursors that stand in the way, to_park are parked; the rest is read past. A payload of more than
+-- max_inline bytes comes as null, to be asked for when the job starts: what waits in a node's memory stays small.
 create or replace function claim_lanes(
   lease bigint, token bigint, queue text, kinds text[], max_jobs int, run_length int,
-  lanes smallint[], marks bigint[], longest_run int default null, to_park int default 1000
+  lanes smallint[], marks bigint[], longest_run int default null, to_park int default 1000,
+  max_inline int default null
 ) returns table (
   priority smallint, mark bigint, contended boolean, at_end boolean,
   id bigint, tid tid, kind text, payload json, attempt smallint, max_attempts smallint, timeout_ms bigint,
@@ -119,9 +121,17 @@ declare
   line_marks bigint[];
   seen tid[];
   may_park int := claim_lanes.to_park;
-  reads int := greatest(10, 1000 / claim_lanes.max_jobs); -- so often it reads past busy cursors
+  reads int; -- so often it reads past busy cursors
 begin
   perform require_read_committed();
+  if not (claim_lanes.token is not null and claim_lanes.queue is not null and coalesce(claim_lanes.max_jobs, 0) > 0
+      and coalesce(claim_lanes.run_length, 0) > 0) then
+    perform refuse('token', null, 'a random number that was never used') where claim_lanes.token is null;
+    perform refuse('queue', null, 'its name') where claim_lanes.queue is null;
+    perform refuse('max_jobs', claim_lanes.max_jobs::text, '1 or more') where claim_lanes.max_jobs > 0 is not true;
+    perform refuse('run_length', claim_lanes.run_length::text, '1 or more');
+  end if;
+  reads := greatest(10, 1000 / claim_lanes.max_jobs);
   -- The lease first: the reaper locks it before it touches jobs, so no claim ends leased to nobody.
   perform from leases l
     where l.id = claim_lanes.lease and l.dead_at is null and l.expires_at > cutoff for key share;
@@ -193,11 +203,13 @@ begin
         select * from cursors c where c.queue = claim_lanes.queue and c.key = o.key order by c.turn desc limit 1
       ) c;
   end if;
+  -- Asking for a value's size does not read it. least: a row that was written by hand must not stop the line.
   return query
-    update jobs j set token = claim_lanes.token, attempt = attempt + 1, started_at = cutoff, collapse_key = null
+    update jobs j set token = claim_lanes.token, attempt = least(attempt, 32766) + 1, started_at = cutoff, collapse_key = null
     from unnest(chosen) t(tid)
     where j.ctid = t.tid
-    returning null::smallint, null::bigint, null::boolean, null::boolean, j.id, j.ctid, j.kind, j.payload, j.attempt, j.max_attempts,
+    returning null::smallint, null::bigint, null::boolean, null::boolean, j.id, j.ctid, j.kind,
+      case when octet_length(j.payload::text) > claim_lanes.max_inline then null else j.payload end, j.attempt, j.max_attempts,
       (extract(epoch from j.timeout) * 1000)::bigint, j.headers,
       (extract(epoch from cutoff - greatest(j.run_at, j.created_at)) * 1000)::float8, j.on_retry, j.on_failure,
       j.cursor_key, null::json, null::bigint, null::bigint;
@@ -217,6 +229,7 @@ language plpgsql set search_path from current as $$
 declare
   lease bigint := new_token();
 begin
+  perform check_ttl('lease_for', claim.lease_for);
   perform begin_lease(lease, current_setting('application_name'), claim.lease_for);
   return query
     with got as materialized (

@@ -21,8 +21,10 @@ use crate::lifecycle::{Settled, Verdict};
 use crate::metrics::Metrics;
 use crate::store::{EndedRun, Store};
 
-/// At most so many attempts are settled in one call.
+/// About so many attempts are settled in one call.
 const MAX_SETTLE: usize = 1000;
+/// A call takes no further run when it carries so many bytes: the database reads no message of a gigabyte.
+const MAX_SETTLE_BYTES: usize = 16 << 20;
 
 pub(crate) struct Completer {
     store: Store,
@@ -82,7 +84,7 @@ impl Completer {
             }
             return;
         }
-        let rest = self.pending.split_off(cut(&self.pending, MAX_SETTLE));
+        let rest = self.pending.split_off(cut(&self.pending));
         let batch = std::mem::replace(&mut self.pending, rest);
         self.settling = jobs(&batch);
         self.metrics.settle_size.with_label_values::<&str>(&[]).observe(self.settling as f64);
@@ -150,12 +152,13 @@ fn jobs(batch: &[EndedRun]) -> usize {
     batch.iter().map(|run| run.jobs.len()).sum()
 }
 
-/// How many runs of a batch to settle in one call: about so many jobs.
-fn cut(batch: &[EndedRun], wanted: usize) -> usize {
-    let mut before = 0;
+/// How many runs of a batch to settle in one call.
+fn cut(batch: &[EndedRun]) -> usize {
+    let (mut jobs, mut bytes) = (0, 0);
     let fits = |run: &&EndedRun| {
-        let fits = before < wanted;
-        before += run.jobs.len();
+        let fits = jobs < MAX_SETTLE && bytes < MAX_SETTLE_BYTES;
+        jobs += run.jobs.len();
+        bytes += run.bytes();
         fits
     };
     batch.iter().take_while(fits).count()

@@ -35,7 +35,7 @@ pub(crate) trait Runner {
 /// How a kind is run.
 #[derive(Clone)]
 pub(crate) struct Entry {
-    pub(crate) retry: fn() -> RetryPolicy,
+    pub(crate) retry: RetryPolicy,
     timeout: Option<Duration>,
     source: Source,
 }
@@ -132,7 +132,7 @@ impl Handlers {
     }
 
     fn add<T: Task>(&mut self, source: Source) -> Result<()> {
-        let entry = Entry { retry: T::retry, timeout: T::TIMEOUT, source };
+        let entry = Entry { retry: T::retry(), timeout: T::TIMEOUT, source };
         match self.kinds.insert(T::KIND.into(), entry) {
             Some(_) => Err(Error::Setup(format!("kind {:?} has two handlers; register it once", T::KIND))),
             None => Ok(()),

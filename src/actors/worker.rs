@@ -19,10 +19,14 @@ use crate::checker::record::TARGET as RECORD;
 use crate::lifecycle::{End, Settled, judge};
 use crate::metrics::Metrics;
 use crate::retry::RetryPolicy;
-use crate::store::{ClaimedJob, ClaimedRun, EndedRun};
+use crate::store::{ClaimedJob, ClaimedRun, EndedRun, Store};
+
+/// After a failure to read a payload.
+const FETCH_PAUSE: Duration = Duration::from_millis(500);
 
 /// What the slots of one pool share.
 pub(crate) struct Shared {
+    pub(crate) store: Store,
     pub(crate) handlers: Arc<Handlers>,
     pub(crate) sticky: Arc<Sticky>,
     pub(crate) lease: Lease,
@@ -129,7 +133,7 @@ impl Progress {
 
     /// An attempt ended. Answers whether the next job may start.
     fn ended(&mut self, job: ClaimedJob, end: End, started: Option<Instant>, handlers: &Handlers) -> bool {
-        let policy = handlers.get(&job.meta.kind).map_or_else(RetryPolicy::default, |entry| (entry.retry)());
+        let policy = handlers.get(&job.meta.kind).map_or_else(RetryPolicy::default, |entry| entry.retry);
         let limits = handlers.limits();
         let verdict = judge(end, job.meta.attempt, job.meta.max_attempts, &policy, rand::random()).within(limits);
         if started.is_some() {
@@ -184,6 +188,24 @@ async fn work(shared: Arc<Shared>, current: Arc<Current>) {
     }
 }
 
+/// The job's payload, which a claim leaves behind if it is large. Outages are waited for: afterwards the
+/// job may belong to somebody else.
+async fn payload(job: &mut ClaimedJob, store: &Store) -> Result<Box<str>, End> {
+    if let Some(payload) = job.payload.take() {
+        return Ok(payload);
+    }
+    loop {
+        match store.running_payload(job.meta.id, job.token).await {
+            Ok(payload) => return payload.ok_or(End::Released),
+            Err(error) if error.is_transient() => {
+                tracing::warn!(%error, job = job.meta.id, "a payload cannot be read; it is tried again");
+                tokio::time::sleep(FETCH_PAUSE.mul_f64(0.5 + rand::random::<f64>())).await;
+            }
+            Err(error) => return Err(End::Rejected(format!("it cannot be read: {error}"))),
+        }
+    }
+}
+
 /// Make the attempts of one run. None if the pool took the attempt away.
 async fn execute(run: ClaimedRun, shared: &Shared, current: &Current, runners: &mut Runners) -> Option<EndedRun> {
     runners.enter(run.cursor.as_ref());
@@ -197,7 +219,15 @@ async fn execute(run: ClaimedRun, shared: &Shared, current: &Current, runners: &
             break;
         }
         let meta = job.meta.clone();
-        let payload = std::mem::take(&mut job.payload);
+        let payload = match payload(&mut job, &shared.store).await {
+            Ok(payload) => payload,
+            Err(end) => {
+                if run.ended(job, end, None, &shared.handlers) {
+                    continue;
+                }
+                break;
+            }
+        };
         let limit = shared.handlers.limit(&job);
         let span =
             tracing::info_span!("job", id = meta.id, kind = &*meta.kind, queue = &*meta.queue, attempt = meta.attempt);

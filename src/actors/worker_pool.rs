@@ -21,7 +21,7 @@ use crate::config::QueueConfig;
 use crate::lifecycle::End;
 use crate::metrics::Metrics;
 use crate::pacing;
-use crate::store::{ClaimedJob, ClaimedRun};
+use crate::store::{ClaimedJob, ClaimedRun, Store};
 
 /// How often the pool looks for slots that are stuck.
 const PATROL: Duration = Duration::from_millis(250);
@@ -57,6 +57,7 @@ impl WorkerPool {
     pub(crate) fn new(
         queue: Arc<str>,
         config: QueueConfig,
+        store: Store,
         handlers: Arc<Handlers>,
         lease: Lease,
         endings: Endings,
@@ -65,6 +66,7 @@ impl WorkerPool {
         sticky_idle: Duration,
     ) -> Self {
         let shared = Arc::new(Shared {
+            store,
             handlers,
             sticky: Arc::new(Sticky::new(sticky_idle)),
             lease,

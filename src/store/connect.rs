@@ -3,11 +3,15 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use deadpool_postgres::{Manager, ManagerConfig, Pool, PoolError, QueueMode, RecyclingMethod, Runtime};
+use deadpool_postgres::{Connect, Manager, ManagerConfig, Pool, PoolError, QueueMode, RecyclingMethod, Runtime};
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{DigitallySignedStruct, SignatureScheme};
+use tokio::runtime::Handle;
+use tokio::task::JoinHandle;
 use tokio_postgres::config::{Host, SslMode, TargetSessionAttrs};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
@@ -57,11 +61,12 @@ impl Target {
         self
     }
 
-    /// A pool of at most `size` connections.
+    /// A pool of at most `size` connections, which live on the runtime that this is called on, if on one.
     pub fn pool(&self, size: usize) -> Pool {
         // No session state is kept between calls, so a connection is clean when it comes back.
         let manager = ManagerConfig { recycling_method: RecyclingMethod::Fast };
-        let manager = Manager::from_config(self.config.clone(), self.tls.clone(), manager);
+        let home = Home { tls: self.tls.clone(), runtime: Handle::try_current().ok() };
+        let manager = Manager::from_connect(self.config.clone(), home, manager);
         Pool::builder(manager)
             .max_size(size)
             .queue_mode(QueueMode::Lifo) // the one used last has its plans at hand
@@ -111,6 +116,31 @@ impl Target {
         match error {
             PoolError::Backend(e) => self.explain(&e),
             other => Error::Connect { target: self.to_string(), reason: with_causes(&other) },
+        }
+    }
+}
+
+/// Makes a pool's connections, all on one runtime. Handlers enqueue over the same pool: a connection that
+/// lived on the thread of one that blocks it would be dead for everybody.
+struct Home {
+    tls: MakeRustlsConnect,
+    runtime: Option<Handle>,
+}
+
+impl Connect for Home {
+    fn connect(
+        &self,
+        config: &tokio_postgres::Config,
+    ) -> BoxFuture<'_, Result<(tokio_postgres::Client, JoinHandle<()>), tokio_postgres::Error>> {
+        let (config, tls) = (config.clone(), self.tls.clone());
+        let connect = async move {
+            let (client, connection) = config.connect(tls).await?;
+            // Why it ended is told to whoever waits for an answer.
+            Ok((client, tokio::spawn(async move { drop(connection.await) })))
+        };
+        match &self.runtime {
+            Some(runtime) => runtime.spawn(connect).map(|made| made.expect("connecting does not panic")).boxed(),
+            None => connect.boxed(),
         }
     }
 }

@@ -34,6 +34,8 @@ use crate::error::{Error, Result};
 
 /// A call that was not answered after this long is given up and its connection closed.
 const DEADLINE: Duration = Duration::from_secs(15);
+/// A claim brings no larger payload, in bytes: it stays where it is until a slot is free for its job.
+const MAX_INLINE: i32 = 32 << 10;
 
 /// The deadline of what keeps a lease of `ttl`: there must be time for another attempt.
 fn soon(ttl: Duration) -> Duration {
@@ -251,12 +253,20 @@ impl Store {
                         (&marks, Type::INT8_ARRAY),
                         (&(claim.longest_run as i32), Type::INT4),
                         (&(claim.to_park as i32), Type::INT4),
+                        (&MAX_INLINE, Type::INT4),
                     ],
                 )
                 .await
             })
             .await?;
         Ok(Claimed::read(&rows, claim))
+    }
+
+    /// The payload of a job that runs under this token; none if it does not any more.
+    pub async fn running_payload(&self, id: i64, token: i64) -> Result<Option<Box<str>>> {
+        let params: [(&(dyn ToSql + Sync), Type); 2] = [(&id, Type::INT8), (&token, Type::INT8)];
+        let rows = self.call(async |c, q| c.query_typed(&q.running_payload, &params).await).await?;
+        Ok(rows.first().and_then(|row| rows::json(row, 0)).map(Box::from))
     }
 
     /// Record how attempts ended. Returns the ids that were refused: their lease was lost.

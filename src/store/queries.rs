@@ -56,6 +56,7 @@ queries!(
     release_cursor,
     repair,
     resume_cursor,
+    running_payload,
     set_cursor_state,
     set_payload,
     settle,

@@ -74,8 +74,8 @@ pub struct ClaimedRun {
 pub struct ClaimedJob {
     /// What its handler is told of it.
     pub meta: Meta,
-    /// Its payload, JSON text.
-    pub payload: Box<str>,
+    /// Its payload, JSON text; none if it is large, see [`Store::running_payload`](super::Store::running_payload).
+    pub payload: Option<Box<str>>,
     /// Where its row is.
     pub tid: Tid,
     /// The claim's token.
@@ -183,7 +183,7 @@ fn job(row: &Row, id: i64, cursor_key: Option<Arc<str>>, claim: &Claim<'_>) -> C
             cursor_version: None,
             cancelled: CancellationToken::new(),
         },
-        payload: json(row, 7).unwrap_or("null").into(),
+        payload: json(row, 7).map(Box::from),
         tid: row.get(5),
         token: claim.token,
         timeout: row.get::<_, Option<i64>>(10).map(|ms| Duration::from_millis(ms.max(1) as u64)),
@@ -231,6 +231,16 @@ impl EndedRun {
     /// A run of so many jobs begins.
     pub fn new(queue: Arc<str>, cursor: Option<OwnedCursor>, jobs: usize) -> Self {
         EndedRun { queue, cursor: cursor.map(Fold::new), jobs: Vec::with_capacity(jobs) }
+    }
+
+    /// How much text its settle carries.
+    pub fn bytes(&self) -> usize {
+        let state = self.cursor.as_ref().and_then(|fold| fold.state.as_deref()).map_or(0, str::len);
+        let left = |job: &Settlement| {
+            let texts = [job.verdict.result.as_deref(), job.verdict.error.as_deref(), job.snapshot.as_deref()];
+            texts.into_iter().flatten().map(str::len).sum::<usize>()
+        };
+        state + self.jobs.iter().map(left).sum::<usize>()
     }
 
     /// The attempt at its next job ended like this; one without a start was not made. The cursor's state

@@ -90,7 +90,7 @@ impl<'a> Nodes<'a> {
         let mut ended = EndedRun::new("default".into(), run.cursor.clone(), run.jobs.len());
         for job in &run.jobs {
             let state = ended.cursor.as_ref().unwrap().current().map(|state| serde_json::from_str(state).unwrap());
-            let new = appended(state.as_ref(), &serde_json::from_str(&job.payload).unwrap());
+            let new = appended(state.as_ref(), &serde_json::from_str(job.payload.as_deref().unwrap()).unwrap());
             let mut verdict = Verdict { state: new.map(|new| new.to_string()), ..Verdict::default() };
             if retry {
                 verdict =

@@ -1,0 +1,1 @@
+select payload from pgcue.jobs where id = $1 and token = $2
