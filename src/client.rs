@@ -6,6 +6,7 @@ use std::fmt::Write;
 use futures_util::SinkExt;
 use jiff::Timestamp;
 use serde_json::value::RawValue;
+use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{Json, ToSql, Type};
 
 use crate::cursor::{Collapse, OnFailure, OnRetry};
@@ -132,6 +133,17 @@ impl Client {
     }
 }
 
+/// PostgreSQL reads JSON by recursion, and says only that its stack is used up.
+fn refused(error: tokio_postgres::Error) -> Error {
+    match error.code() {
+        Some(&SqlState::STATEMENT_TOO_COMPLEX) => {
+            Fault::new("payload", "nested too deeply", "the limit is the server's max_stack_depth; make it flatter")
+                .into()
+        }
+        _ => error.into(),
+    }
+}
+
 /// A JSON text as the parameter of a statement.
 fn raw(text: &str) -> Json<Box<RawValue>> {
     Json(serde_json::from_str(text).expect("NewJob::check has parsed it"))
@@ -229,7 +241,7 @@ impl Within<'_> {
             (&job.collapse_key, Type::TEXT),
             (&policy.as_str(), Type::TEXT),
         ];
-        let row = self.connection.query_typed(&self.queries.collapse, &params).await?;
+        let row = self.connection.query_typed(&self.queries.collapse, &params).await.map_err(refused)?;
         Ok(Enqueued { id: row[0].get(0), collapsed: row[0].get(1) })
     }
 
@@ -266,7 +278,7 @@ impl Within<'_> {
             (&on_retry, Type::TEXT_ARRAY),
             (&on_failure, Type::TEXT_ARRAY),
         ];
-        let rows = self.connection.query_typed(&self.queries.enqueue, &params).await?;
+        let rows = self.connection.query_typed(&self.queries.enqueue, &params).await.map_err(refused)?;
         Ok(rows.iter().map(|row| Enqueued { id: row.get(0), collapsed: false }).collect())
     }
 
@@ -290,7 +302,7 @@ impl Within<'_> {
             }
         }
         sink.send(bytes::Bytes::from(text)).await?;
-        Ok(sink.finish().await?)
+        sink.finish().await.map_err(refused)
     }
 }
 

@@ -8,6 +8,7 @@ use std::time::Duration;
 use config::{File, FileFormat, Map, Value, ValueKind};
 
 use crate::error::{Error, Fault, Result};
+use crate::job::check_name;
 
 /// Everything a node can be told. The defaults suit one node and the queue `default`.
 #[derive(Debug, Clone, PartialEq)]
@@ -181,12 +182,8 @@ impl Config {
         for (key, value) in &written {
             match key.as_str() {
                 "database_url" => config.database_url = Some(value.clone()),
-                "schema" => read.set(key, value, &mut config.schema, "1 to 48 bytes", |v| {
-                    (1..=48).contains(&v.len()).then(|| v.to_owned())
-                }),
-                "name" => read.set(key, value, &mut config.name, "1 to 200 bytes", |v| {
-                    (1..=200).contains(&v.len()).then(|| v.to_owned())
-                }),
+                "schema" => read.name(key, value, &mut config.schema, 48),
+                "name" => read.name(key, value, &mut config.name, 200),
                 "migrate" => read.flag(key, value, &mut config.migrate),
                 "listen" => read.flag(key, value, &mut config.listen),
                 "demo" => read.flag(key, value, &mut config.demo),
@@ -210,7 +207,7 @@ impl Config {
                     v.parse::<std::net::SocketAddr>().is_ok().then(|| Some(v.to_owned()))
                 }),
                 _ => match queue_key(key) {
-                    Some((name, field)) if (1..=512).contains(&name.len()) => {
+                    Some((name, field)) if check_name(key, name, 512).is_ok() => {
                         let queue = config.queues.entry(name.into()).or_insert_with(|| QueueConfig::with_slots(16));
                         if field == "slots" {
                             read.number(key, value, &mut queue.slots, 1, 10_000);
@@ -272,6 +269,12 @@ impl Reader {
             Some(parsed) => *field = parsed,
             None => self.faults.push(Fault::new(key, format!("{value:?}"), format!("give {allowed}"))),
         }
+    }
+
+    fn name(&mut self, key: &str, value: &str, field: &mut String, max: usize) {
+        self.set(key, value, field, &format!("1 to {max} bytes, without NUL"), |v| {
+            check_name(key, v, max).is_ok().then(|| v.to_owned())
+        });
     }
 
     fn flag(&mut self, key: &str, value: &str, field: &mut bool) {

@@ -9,8 +9,12 @@ use tokio_util::sync::CancellationToken;
 
 use crate::cursor::{Collapse, OnFailure, OnRetry};
 use crate::error::{Error, Fault, Result};
+use crate::lifecycle::MAX_DELAY;
 use crate::outcome::{JobError, JobResult, Outcome};
 use crate::task::{CursorTask, Task};
+
+/// The database's calendar begins on Julian day 0, in seconds since 1970.
+const FIRST_SECOND: i64 = -2_440_588 * 86_400;
 
 /// A job to be enqueued, with its options.
 #[derive(Debug, Clone, PartialEq)]
@@ -136,28 +140,16 @@ impl NewJob {
 
     /// Refuse what the database would refuse, in clearer words.
     pub(crate) fn check(&self, max_payload: usize) -> Result<()> {
-        let bytes = |field: &str, value: &str, max: usize| {
-            if value.is_empty() {
-                return Err(Fault::new(field, "empty", format!("give 1 to {max} bytes")));
-            }
-            if value.len() > max {
-                return Err(Fault::new(field, format!("{} bytes long", value.len()), format!("give 1 to {max} bytes")));
-            }
-            if value.contains('\0') {
-                return Err(Fault::new(field, format!("{value:?}"), "leave out the NUL character"));
-            }
-            Ok(())
-        };
         if let Some(fault) = &self.fault {
             return Err(fault.clone().into());
         }
-        bytes("kind", &self.kind, 512)?;
-        bytes("queue", &self.queue, 512)?;
+        check_name("kind", &self.kind, 512)?;
+        check_name("queue", &self.queue, 512)?;
         if let Some(key) = &self.cursor_key {
-            bytes("cursor_key", key, 1024)?;
+            check_name("cursor_key", key, 1024)?;
         }
         if let Some(key) = &self.collapse_key {
-            bytes("collapse_key", key, 1024)?;
+            check_name("collapse_key", key, 1024)?;
             if self.collapse.is_none() {
                 return Err(
                     Fault::new("collapse_key", key, "say what to do on a conflict: keep, replace or merge").into()
@@ -167,19 +159,45 @@ impl NewJob {
         if self.collapse.is_some() && self.collapse_key.is_none() && self.cursor_key.is_none() {
             return Err(Fault::new("collapse", "without a key", "give a cursor or a collapse_key").into());
         }
-        if self.payload.len() > max_payload {
-            let fix =
-                format!("the limit is {max_payload} bytes (max_payload); store it elsewhere and enqueue its address");
-            return Err(Fault::new("payload", format!("{} bytes long", self.payload.len()), fix).into());
+        for (field, text) in [("payload", Some(&self.payload)), ("headers", self.headers.as_ref())] {
+            if let Some(size) = text.map(String::len).filter(|size| *size > max_payload) {
+                let fix = format!(
+                    "the limit is {max_payload} bytes (max_payload); store it elsewhere and enqueue its address"
+                );
+                return Err(Fault::new(field, format!("{size} bytes long"), fix).into());
+            }
         }
         if !(1..=i16::MAX as u16).contains(&self.max_attempts) {
             return Err(Fault::new("max_attempts", self.max_attempts, "give 1 to 32767").into());
         }
-        if self.timeout.is_some_and(|t| t.is_zero()) {
-            return Err(Fault::new("timeout", "0", "give a time longer than zero").into());
+        if let Some(time) = self.timeout.filter(|t| *t < Duration::from_micros(1) || *t > MAX_DELAY) {
+            return Err(Fault::new("timeout", format!("{time:?}"), "give a microsecond to 1000 years").into());
+        }
+        if let Some(time) = self.delay.filter(|t| *t > MAX_DELAY) {
+            return Err(Fault::new("delay", format!("{time:?}"), "give up to 1000 years").into());
+        }
+        for (field, at) in [("expected_at", self.expected_at), ("run_at", self.run_at)] {
+            if let Some(at) = at.filter(|at| at.as_second() < FIRST_SECOND) {
+                return Err(Fault::new(field, at, "give a time that is not before the year -4712").into());
+            }
         }
         Ok(())
     }
+}
+
+/// Refuse a name that the database would refuse.
+pub(crate) fn check_name(field: &str, name: &str, max: usize) -> Result<(), Fault> {
+    let allowed = || format!("give 1 to {max} bytes");
+    if name.is_empty() {
+        return Err(Fault::new(field, "empty", allowed()));
+    }
+    if name.len() > max {
+        return Err(Fault::new(field, format!("{} bytes long", name.len()), allowed()));
+    }
+    if name.contains('\0') {
+        return Err(Fault::new(field, format!("{name:?}"), "leave out the NUL character"));
+    }
+    Ok(())
 }
 
 impl<T: Task> From<T> for NewJob {
@@ -287,6 +305,11 @@ mod tests {
         assert!(message(NewJob::new("k", format!("{:?}", "x".repeat(200)))).contains("202 bytes long"));
         assert!(message(NewJob::new("k", "1").cursor("k".repeat(10_000))).contains("cursor_key is 10000 bytes long"));
         assert!(message(NewJob::new("k", "1").timeout(Duration::ZERO)).contains("timeout is 0"));
+        assert!(message(NewJob::new("k", "1").timeout(Duration::MAX)).ends_with("give a microsecond to 1000 years"));
+        assert!(message(NewJob::new("k", "1").delay(Duration::MAX)).ends_with("give up to 1000 years"));
+        assert!(message(NewJob::new("k", "1").run_at(Timestamp::MIN)).starts_with("run_at is -009999-01-02"));
+        let headers = serde_json::json!({"h": "x".repeat(200)});
+        assert!(message(NewJob::new("k", "1").headers(&headers)).starts_with("headers is 208 bytes long"));
         assert!(message(NewJob::new("k", "1").max_attempts(0)).contains("max_attempts is 0"));
         NewJob::new("k", "\"\\u0000\"").queue("q".repeat(200)).check(100).unwrap();
     }

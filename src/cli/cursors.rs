@@ -143,7 +143,7 @@ fn list(cursors: Vec<CursorRow>, json: bool) -> Result<()> {
             cursor.version.to_string(),
             cursor.waiting.to_string(),
             since.unwrap_or_default(),
-            shorten(&state.replace('\n', " "), 40),
+            shorten(state, 40),
         ]
     };
     let rows: Vec<_> = cursors.iter().map(cells).collect();

@@ -61,7 +61,7 @@ impl Jobs {
                         job.kind.clone(),
                         format!("{}/{}", job.attempt, job.max_attempts),
                         cursor,
-                        shorten(&payload.replace('\n', " "), 60),
+                        shorten(payload, 60),
                     ]
                 };
                 let rows: Vec<_> = jobs.iter().map(cell).collect();

@@ -8,10 +8,12 @@ mod run;
 mod status;
 mod verify;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use serde_json::value::RawValue;
 
 use crate::client::Client;
 use crate::config::Config;
@@ -162,15 +164,19 @@ fn print_json(value: &impl serde::Serialize) -> Result<()> {
 
 /// Print the fields of a value that are set, a line each.
 fn print_fields(value: &impl serde::Serialize) -> Result<()> {
-    let serde_json::Value::Object(fields) = serde_json::to_value(value)? else { return print_json(value) };
-    for (name, value) in fields.iter().filter(|(_, value)| !value.is_null()) {
-        println!("{name:16} {}", value.as_str().map_or_else(|| value.to_string(), str::to_owned));
+    // Payloads stay the texts they are: not every JSON text has a value.
+    let fields: BTreeMap<String, Box<RawValue>> = serde_json::from_str(&serde_json::to_string(value)?)?;
+    for (name, value) in fields.iter().filter(|(_, value)| value.get() != "null") {
+        println!("{name:16} {}", serde_json::from_str(value.get()).unwrap_or_else(|_| value.get().to_owned()));
     }
     Ok(())
 }
 
-/// Print rows in columns as wide as their contents, under headings.
+/// Print rows in columns as wide as their contents, under headings. What would move a terminal's cursor is
+/// a space.
 fn print_table(headings: &[&str], rows: &[Vec<String>]) {
+    let plain = |cell: &String| cell.replace(char::is_control, " ");
+    let rows: Vec<Vec<String>> = rows.iter().map(|row| row.iter().map(plain).collect()).collect();
     let width = |column: usize| {
         rows.iter().map(|row| row[column].chars().count()).chain([headings[column].len()]).max().unwrap_or(0)
     };

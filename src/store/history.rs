@@ -5,6 +5,7 @@ use jiff::Timestamp;
 use serde_json::Value;
 use tokio_postgres::Row;
 
+use super::read::time;
 use super::{Store, rows::json};
 use crate::error::Result;
 
@@ -54,9 +55,9 @@ impl Store {
             state: row.get(2),
             cursor_key: row.get(3),
             priority: row.get(4),
-            expected_at: row.get(5),
-            run_at: row.get(6),
-            started_at: row.get(7),
+            expected_at: time(&row, 5),
+            run_at: time(&row, 6).unwrap_or_default(),
+            started_at: time(&row, 7),
             attempt: row.get::<_, i16>(8) as u16,
             max_attempts: row.get::<_, i16>(9) as u16,
             payload: json(&row, 10).unwrap_or("null").into(),

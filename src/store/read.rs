@@ -4,10 +4,11 @@ use jiff::Timestamp;
 use serde::Serialize;
 use serde_json::value::RawValue;
 use tokio_postgres::Row;
-use tokio_postgres::types::{ToSql, Type};
+use tokio_postgres::types::{FromSql, ToSql, Type};
 
 use super::{Store, rows::json};
 use crate::error::Result;
+use crate::job::check_name;
 
 /// One job in any state, as the view `all_jobs` shows it.
 #[derive(Debug, Serialize)]
@@ -158,19 +159,37 @@ impl JobRow {
             attempt: row.get("attempt"),
             max_attempts: row.get("max_attempts"),
             priority: row.get("priority"),
-            expected_at: row.get("expected_at"),
+            expected_at: time(row, "expected_at"),
             timeout_ms: row.get("timeout_ms"),
             headers: raw(row, "headers"),
             losses: row.get("losses"),
             cursor_key: row.get("cursor_key"),
             cursor_snapshot: raw(row, "cursor_snapshot"),
             cursor_version: row.get("cursor_version"),
-            created_at: row.get("created_at"),
-            run_at: row.get("run_at"),
-            started_at: row.get("started_at"),
-            finished_at: row.get("finished_at"),
+            created_at: time(row, "created_at").unwrap_or_default(),
+            run_at: time(row, "run_at").unwrap_or_default(),
+            started_at: time(row, "started_at"),
+            finished_at: time(row, "finished_at"),
         }
     }
+}
+
+/// A time of the database, whose calendar is wider than ours: what lies beyond becomes the last or first moment.
+struct Time(Timestamp);
+
+impl<'a> FromSql<'a> for Time {
+    fn from_sql(ty: &Type, raw: &'a [u8]) -> Result<Self, Box<dyn std::error::Error + Sync + Send>> {
+        let since_2000 = i64::from_sql(&Type::INT8, raw)?;
+        Ok(Time(Timestamp::from_sql(ty, raw).unwrap_or(if since_2000 > 0 { Timestamp::MAX } else { Timestamp::MIN })))
+    }
+
+    fn accepts(ty: &Type) -> bool {
+        <Timestamp as FromSql>::accepts(ty)
+    }
+}
+
+pub(super) fn time(row: &Row, column: impl tokio_postgres::row::RowIndex + std::fmt::Display) -> Option<Timestamp> {
+    row.get::<_, Option<Time>>(column).map(|time| time.0)
 }
 
 /// A JSON column as the text it came with.
@@ -221,17 +240,19 @@ impl Store {
             version: row.get("version"),
             owner: row.get("owner"),
             held_by: row.get("held_by"),
-            held_until: row.get("held_until"),
-            halted_at: row.get("halted_at"),
+            held_until: time(row, "held_until"),
+            halted_at: time(row, "halted_at"),
             halted_by: row.get("halted_by"),
             waiting: row.get("waiting"),
-            waiting_since: row.get("waiting_since"),
+            waiting_since: time(row, "waiting_since"),
         };
         Ok(rows.iter().map(read).collect())
     }
 
     /// What an operator does to a cursor; safe while its jobs run. Answers a job or a number of jobs.
     pub async fn cursor(&self, verb: CursorVerb, queue: &str, key: &str) -> Result<Option<i64>> {
+        check_name("queue", queue, 512)?;
+        check_name("cursor_key", key, 1024)?;
         let params: [(&(dyn ToSql + Sync), Type); 2] = [(&queue, Type::TEXT), (&key, Type::TEXT)];
         let rows = self
             .call(async |c, q| {
@@ -250,6 +271,8 @@ impl Store {
 
     /// Replace a cursor's state by JSON text; none takes it away.
     pub async fn set_cursor_state(&self, queue: &str, key: &str, state: Option<&str>) -> Result<()> {
+        check_name("queue", queue, 512)?;
+        check_name("cursor_key", key, 1024)?;
         let params: [(&(dyn ToSql + Sync), Type); 3] = [(&queue, Type::TEXT), (&key, Type::TEXT), (&state, Type::TEXT)];
         self.call(async |c, q| c.query_typed(&q.set_cursor_state, &params).await).await?;
         Ok(())
