@@ -52,15 +52,14 @@ impl Jobs {
                     return print_json(&jobs);
                 }
                 let cell = |job: &JobRow| {
-                    let cursor = job.cursor_key.clone().unwrap_or_default();
                     let payload = job.payload.as_ref().map_or("", |p| p.get());
                     vec![
                         job.id.to_string(),
                         job.state.clone(),
-                        job.queue.clone(),
-                        job.kind.clone(),
+                        shorten(&job.queue, 40),
+                        shorten(&job.kind, 40),
                         format!("{}/{}", job.attempt, job.max_attempts),
-                        cursor,
+                        shorten(job.cursor_key.as_deref().unwrap_or_default(), 40),
                         shorten(payload, 60),
                     ]
                 };

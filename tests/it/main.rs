@@ -11,6 +11,7 @@ mod enqueue;
 mod examples;
 mod guards;
 mod handlers;
+mod inputs;
 mod model;
 mod operators;
 mod protocol;
