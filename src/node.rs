@@ -160,8 +160,7 @@ impl Node {
                 let name: Arc<str> = name.as_str().into();
                 let (handlers, endings) = (Arc::clone(&handlers), endings.clone());
                 let pool = WorkerPool::new(
-                    Arc::clone(&name),
-                    queue.clone(),
+                    (Arc::clone(&name), queue.clone()),
                     store.clone(),
                     handlers,
                     lease.clone(),

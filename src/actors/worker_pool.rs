@@ -55,8 +55,7 @@ impl Drop for Thread {
 
 impl WorkerPool {
     pub(crate) fn new(
-        queue: Arc<str>,
-        config: QueueConfig,
+        (queue, config): (Arc<str>, QueueConfig),
         store: Store,
         handlers: Arc<Handlers>,
         lease: Lease,

@@ -206,3 +206,47 @@ impl Enqueue {
         count
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn field() -> impl Strategy<Value = String> {
+        let name =
+            "kind|payload|queue|priority|expected_at|run_at|delay|max_attempts|timeout|cursor|headers|collapse|odd";
+        let text = any::<String>().prop_map(|text| serde_json::to_string(&text).unwrap());
+        let value = prop_oneof![
+            text,
+            "null|true|\\{\\}|\\[1\\]|-?[0-9]{1,22}|\"[0-9]{1,12}(ms|h)\"",
+            "\"-?[0-9]{4,6}-01-01T00:00:00Z\"",
+            "\\PC{0,8}"
+        ];
+        (name, value).prop_map(|(name, value)| format!("\"{name}\":{value}"))
+    }
+
+    proptest! {
+        #[test]
+        fn any_line_is_a_job_or_an_error(
+            text in prop_oneof![
+                any::<String>(),
+                prop::collection::vec(field(), 0..5).prop_map(|fields| format!("{{\"kind\":\"k\",{}}}", fields.join(","))),
+            ],
+        ) {
+            match read_line(&text, 1 << 20) {
+                Ok(job) => job.check(1 << 20).unwrap(),
+                Err(why) => prop_assert!(!why.is_empty()),
+            }
+        }
+
+        #[test]
+        fn what_a_line_says_is_in_the_job(payload in "[a-z]{0,9}", priority: i16, key in "\\PC{1,20}") {
+            let payload = format!("{{ \"a\":  {payload:?}}}");
+            let key_text = serde_json::to_string(&key).unwrap();
+            let line = format!("{{\"payload\":{payload},\"kind\":\"k\",\"priority\":{priority},\"cursor\":{key_text}}}");
+            let expected = NewJob::new("k", payload).priority(priority).cursor(key);
+            prop_assert_eq!(read_line(&line, 1 << 20).unwrap(), expected);
+        }
+    }
+}

@@ -213,3 +213,29 @@ impl ServerCertVerifier for AnyServer {
         self.0.signature_verification_algorithms.supported_schemes()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn any_address_is_read_or_refused_without_being_repeated(
+            text in prop_oneof![any::<String>(), "postgres(ql)?://\\PC{0,30}", "([a-z_]{1,9} ?= ?'?\\PC{0,6}'? ){0,5}"],
+            secret in "[a-zA-Z]{12}",
+        ) {
+            for url in [text.clone(), format!("postgres://u:{secret}@{text}"), format!("password={secret} {text}")] {
+                match Target::parse(&url) {
+                    Ok(target) => prop_assert!(!target.to_string().is_empty()),
+                    Err(error) => {
+                        let error = error.to_string();
+                        prop_assert!(error.starts_with("database_url is malformed: "), "{}", error);
+                        prop_assert!(!error.contains(&secret), "{}", error);
+                    }
+                }
+            }
+        }
+    }
+}

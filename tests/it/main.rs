@@ -9,6 +9,7 @@ mod deploy;
 mod drain;
 mod enqueue;
 mod examples;
+mod fuzz;
 mod guards;
 mod handlers;
 mod inputs;
