@@ -213,7 +213,7 @@ const SCENE: &str = "
 /// the protocol's invariants hold.
 #[test]
 fn any_arguments_of_the_sql_functions_work_or_are_refused() {
-    let (system, _db, sql) = open();
+    let (system, db, sql) = open();
     system.block_on(sql.batch_execute(SCENE)).unwrap();
     let function = select(system.block_on(functions(&sql)));
     let call =
