@@ -24,6 +24,7 @@ use crate::actors::reaper::Reaper;
 use crate::actors::scheduler::{Rest, Scheduler};
 use crate::actors::sticky::CursorLeft;
 use crate::actors::supervisor::Handlers;
+use crate::actors::worker::Tools;
 use crate::actors::worker_pool::WorkerPool;
 use crate::client::Client;
 use crate::config::Config;
@@ -152,23 +153,20 @@ impl Node {
         let completer =
             Completer::new(store.clone(), lease.clone(), metrics.clone(), bell.clone(), Arc::clone(&outbox)).start();
         let endings = Endings { outbox, completer: completer.clone().recipient() };
-        let handlers = Arc::new(handlers);
+        let tools = Tools {
+            store: store.clone(),
+            handlers: Arc::new(handlers),
+            lease: lease.clone(),
+            endings,
+            bell: bell.clone(),
+            metrics: metrics.clone(),
+        };
         let pools: HashMap<Arc<str>, Addr<WorkerPool>> = config
             .queues
             .iter()
             .map(|(name, queue)| {
                 let name: Arc<str> = name.as_str().into();
-                let (handlers, endings) = (Arc::clone(&handlers), endings.clone());
-                let pool = WorkerPool::new(
-                    (Arc::clone(&name), queue.clone()),
-                    store.clone(),
-                    handlers,
-                    lease.clone(),
-                    endings,
-                    metrics.clone(),
-                    bell.clone(),
-                    config.sticky_idle,
-                );
+                let pool = WorkerPool::new(Arc::clone(&name), queue.clone(), tools.clone(), config.sticky_idle);
                 (name, pool.start())
             })
             .collect();

@@ -24,23 +24,29 @@ use crate::store::{ClaimedJob, ClaimedRun, EndedRun, Store};
 /// After a failure to read a payload.
 const FETCH_PAUSE: Duration = Duration::from_millis(500);
 
-/// What the slots of one pool share.
-pub(crate) struct Shared {
+/// What a node gives the slots of all its pools to work with.
+#[derive(Clone)]
+pub(crate) struct Tools {
     pub(crate) store: Store,
     pub(crate) handlers: Arc<Handlers>,
-    pub(crate) sticky: Arc<Sticky>,
     pub(crate) lease: Lease,
-    pub(crate) backlog: Backlog,
     pub(crate) endings: Endings,
+    pub(crate) bell: Bell,
+    pub(crate) metrics: Metrics,
+}
+
+/// What the slots of one pool share.
+pub(crate) struct Shared {
+    pub(crate) queue: Arc<str>,
+    pub(crate) tools: Tools,
+    pub(crate) sticky: Arc<Sticky>,
+    pub(crate) backlog: Backlog,
     pub(crate) busy: AtomicUsize,
     /// Mean run in nanoseconds, moving.
     pub(crate) mean_run: AtomicU64,
     /// The backlog that the dispatcher should hear of when it is undercut; `usize::MAX` when it waits
     /// for nothing.
     pub(crate) hungry_below: AtomicUsize,
-    pub(crate) queue: Arc<str>,
-    pub(crate) bell: Bell,
-    pub(crate) metrics: Metrics,
 }
 
 impl Shared {
@@ -51,7 +57,7 @@ impl Shared {
             && self.backlog.jobs() <= below
             && self.hungry_below.swap(usize::MAX, Ordering::AcqRel) != usize::MAX
         {
-            self.bell.wake(&self.queue, Cause::Slots);
+            self.tools.bell.wake(&self.queue, Cause::Slots);
         }
     }
 
@@ -173,14 +179,14 @@ impl Actor for Worker {
 
 /// Take runs until the backlog closes or the pool has given this slot up.
 async fn work(shared: Arc<Shared>, current: Arc<Current>) {
-    let mut runners = Runners::new(Arc::clone(&shared.handlers), Arc::clone(&shared.sticky));
+    let mut runners = Runners::new(Arc::clone(&shared.tools.handlers), Arc::clone(&shared.sticky));
     while let Some(run) = shared.backlog.take().await {
         shared.busy.fetch_add(1, Ordering::AcqRel);
         shared.ask_if_hungry();
         let Some(ended) = execute(run, &shared, &current, &mut runners).await else {
             return; // given up; the pool has settled the run and rebuilt the slot
         };
-        shared.endings.add([ended]);
+        shared.tools.endings.add([ended]);
         shared.busy.fetch_sub(1, Ordering::AcqRel);
         shared.ask_if_hungry();
         // Handlers that never wait must not keep other slots of the thread from their turn.
@@ -212,23 +218,17 @@ async fn execute(run: ClaimedRun, shared: &Shared, current: &Current, runners: &
     let mut run = Progress::begin(run, &shared.queue);
     while let Some(mut job) = run.next() {
         // Cancelled, or taken back, before it started; or somebody else may run it by now.
-        if job.meta.cancelled.is_cancelled() || shared.lease.is_overdue() {
-            if run.ended(job, End::Released, None, &shared.handlers) {
-                continue;
-            }
-            break;
-        }
-        let meta = job.meta.clone();
-        let payload = match payload(&mut job, &shared.store).await {
+        let taken_back = job.meta.cancelled.is_cancelled() || shared.tools.lease.is_overdue();
+        let payload = if taken_back { Err(End::Released) } else { payload(&mut job, &shared.tools.store).await };
+        let payload = match payload {
             Ok(payload) => payload,
-            Err(end) => {
-                if run.ended(job, end, None, &shared.handlers) {
-                    continue;
-                }
-                break;
-            }
+            Err(end) => match run.ended(job, end, None, &shared.tools.handlers) {
+                true => continue,
+                false => break,
+            },
         };
-        let limit = shared.handlers.limit(&job);
+        let meta = job.meta.clone();
+        let limit = shared.tools.handlers.limit(&job);
         let span =
             tracing::info_span!("job", id = meta.id, kind = &*meta.kind, queue = &*meta.queue, attempt = meta.attempt);
         let started = Instant::now();
@@ -237,11 +237,11 @@ async fn execute(run: ClaimedRun, shared: &Shared, current: &Current, runners: &
         let (end, rebuilt) = runners.attempt(&payload, meta, limit).instrument(span).await;
         let attempt = current.take_if(|_| true)?;
         if let Some(cause) = rebuilt {
-            shared.metrics.rebuilt.with_label_values(&[&*shared.queue, cause]).inc();
+            shared.tools.metrics.rebuilt.with_label_values(&[&*shared.queue, cause]).inc();
         }
         run = attempt.run;
         shared.ran(started.elapsed());
-        let goes_on = run.ended(attempt.job, end, Some(started), &shared.handlers);
+        let goes_on = run.ended(attempt.job, end, Some(started), &shared.tools.handlers);
         if !run.completed() {
             runners.doubt();
         }
@@ -250,5 +250,5 @@ async fn execute(run: ClaimedRun, shared: &Shared, current: &Current, runners: &
         }
     }
     runners.leave();
-    Some(run.finish(&shared.handlers))
+    Some(run.finish(&shared.tools.handlers))
 }

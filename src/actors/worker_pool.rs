@@ -10,18 +10,14 @@ use actix::{
     Actor, ActorFutureExt, Arbiter, AsyncContext, Context, Handler, ResponseActFuture, ResponseFuture, WrapFuture,
 };
 
-use super::backlog::{Backlog, Endings};
-use super::bell::Bell;
-use super::lease::Lease;
+use super::backlog::Backlog;
 use super::messages::{Cancel, Demand, DrainPool, LeaseLost, Observe, Observed, Run, Wanted};
 use super::sticky::{Parting, Sticky};
-use super::supervisor::Handlers;
-use super::worker::{Attempt, Current, Progress, Shared, Worker};
+use super::worker::{Attempt, Current, Progress, Shared, Tools, Worker};
 use crate::config::QueueConfig;
 use crate::lifecycle::End;
-use crate::metrics::Metrics;
 use crate::pacing;
-use crate::store::{ClaimedJob, ClaimedRun, Store};
+use crate::store::{ClaimedJob, ClaimedRun};
 
 /// How often the pool looks for slots that are stuck.
 const PATROL: Duration = Duration::from_millis(250);
@@ -54,29 +50,15 @@ impl Drop for Thread {
 }
 
 impl WorkerPool {
-    pub(crate) fn new(
-        (queue, config): (Arc<str>, QueueConfig),
-        store: Store,
-        handlers: Arc<Handlers>,
-        lease: Lease,
-        endings: Endings,
-        metrics: Metrics,
-        bell: Bell,
-        sticky_idle: Duration,
-    ) -> Self {
+    pub(crate) fn new(queue: Arc<str>, config: QueueConfig, tools: Tools, sticky_idle: Duration) -> Self {
         let shared = Arc::new(Shared {
-            store,
-            handlers,
+            queue: Arc::clone(&queue),
+            tools,
             sticky: Arc::new(Sticky::new(sticky_idle)),
-            lease,
             backlog: Backlog::default(),
-            endings,
             busy: AtomicUsize::new(0),
             mean_run: AtomicU64::new(FIRST_MEAN.as_nanos() as u64),
             hungry_below: AtomicUsize::new(usize::MAX),
-            queue: Arc::clone(&queue),
-            bell,
-            metrics,
         });
         WorkerPool { queue, config, shared, slots: Vec::new() }
     }
@@ -105,9 +87,9 @@ impl WorkerPool {
             );
             attempt.job.meta.cancelled.cancel();
             let limit = attempt.limit;
-            self.shared.endings.add([attempt.end(End::Froze(limit), &self.shared.handlers)]);
+            self.shared.tools.endings.add([attempt.end(End::Froze(limit), &self.shared.tools.handlers)]);
             self.shared.busy.fetch_sub(1, Ordering::AcqRel);
-            self.shared.metrics.rebuilt.with_label_values(&[&*self.queue, "freeze"]).inc();
+            self.shared.tools.metrics.rebuilt.with_label_values(&[&*self.queue, "freeze"]).inc();
             self.slots[slot] = self.open(Rc::new(Thread(Arbiter::new())));
             self.shared.ask_if_hungry();
         }
@@ -115,8 +97,9 @@ impl WorkerPool {
         self.shared.backlog.nudge();
         self.shared.ask_if_hungry();
         let busy = self.shared.busy.load(Ordering::Acquire);
-        self.shared.metrics.slots.with_label_values(&[&*self.queue, "busy"]).set(busy as i64);
+        self.shared.tools.metrics.slots.with_label_values(&[&*self.queue, "busy"]).set(busy as i64);
         self.shared
+            .tools
             .metrics
             .slots
             .with_label_values(&[&*self.queue, "free"])
@@ -124,8 +107,8 @@ impl WorkerPool {
     }
 
     fn give_back(&self, runs: impl IntoIterator<Item = ClaimedRun>) {
-        let handlers = &self.shared.handlers;
-        self.shared.endings.add(runs.into_iter().map(|run| Progress::begin(run, &self.queue).finish(handlers)));
+        let handlers = &self.shared.tools.handlers;
+        self.shared.tools.endings.add(runs.into_iter().map(|run| Progress::begin(run, &self.queue).finish(handlers)));
     }
 }
 
@@ -216,7 +199,7 @@ impl Handler<DrainPool> for WorkerPool {
                 if let Some(attempt) = slot.current.take_if(|_| true) {
                     attempt.job.meta.cancelled.cancel();
                     tracing::warn!(job = attempt.job.meta.id, "the grace period is over; the job is given back");
-                    pool.shared.endings.add([attempt.end(End::Released, &pool.shared.handlers)]);
+                    pool.shared.tools.endings.add([attempt.end(End::Released, &pool.shared.tools.handlers)]);
                     given_back += 1;
                 }
             }
