@@ -14,7 +14,7 @@ $$;
 create or replace function finish(
   tids tid[], ids bigint[], tokens bigint[], outcomes text[], results text[], errors text[],
   ages_ms float8[], snapshots text[], versions bigint[],
-  out done bigint[], out halts bigint[], out halt_queues text[], out halt_keys text[]
+  out done bigint[], out done_tokens bigint[], out halts bigint[], out halt_queues text[], out halt_keys text[]
 )
 language plpgsql set search_path from current as $$
 #variable_conflict use_column
@@ -44,9 +44,9 @@ begin
       coalesce(clock_timestamp() - make_interval(secs => g.age_ms / 1000), g.started_at), clock_timestamp()
     from gone g
   )
-  select array_agg(g.id), array_agg(g.id) filter (where g.halts), array_agg(g.queue) filter (where g.halts),
+  select array_agg(g.id), array_agg(g.token), array_agg(g.id) filter (where g.halts), array_agg(g.queue) filter (where g.halts),
       array_agg(g.cursor_key) filter (where g.halts)
-    into done, halts, halt_queues, halt_keys
+    into done, done_tokens, halts, halt_queues, halt_keys
     from (select g.*, g.on_failure = 'halt' and g.state in ('failed', 'lost') as halts from gone g) g;
 end $$;
 
@@ -55,7 +55,7 @@ end $$;
 -- cursor that may run at once goes to the mailbox; pass_on picks the head.
 create or replace function put_back(
   tids tid[], ids bigint[], tokens bigint[], outcomes text[], errors text[], delays_ms float8[],
-  out done bigint[], out queues text[]
+  out done bigint[], out done_tokens bigint[], out queues text[]
 )
 language plpgsql set search_path from current as $$
 #variable_conflict use_column
@@ -77,9 +77,9 @@ begin
       e(tid, id, token, outcome, error, delay_ms)
     where j.ctid = e.tid and j.id = e.id and j.token = e.token
       and e.outcome in ('retry', 'snooze', 'release', 'lost')
-    returning j.id, j.queue
+    returning j.id, e.token, j.queue
   )
-  select array_agg(b.id), array_agg(distinct b.queue) into done, queues from back b;
+  select array_agg(b.id), array_agg(b.token), array_agg(distinct b.queue) into done, done_tokens, queues from back b;
 end $$;
 
 -- The first step of a settle: let go of the cursors, each with the state and version that its run made.
@@ -128,8 +128,9 @@ begin
 end $$;
 
 -- Record how attempts ended, as parallel arrays with an entry an attempt, and what became of the cursors
--- that they ran under, with an entry a run. A run is settled whole, jobs in order. Returns the ids that
--- were refused: their token is not valid any more, the lease was lost and somebody else decides.
+-- that they ran under, with an entry a run. A run is settled whole, jobs in order. Returns the places
+-- (from 1) of those that were refused: their token is not valid any more, the lease was lost and somebody
+-- else decides. A node that lost its lease may settle a job twice in one call, under an old and a new token.
 --   outcomes     completed, failed, cancelled: into history; retry, snooze: again after delays_ms (null:
 --                backoff); release: again at once and not counted; lost: as the reaper does
 --   ages_ms      how long ago the attempt started
@@ -158,6 +159,7 @@ declare
   back record;
   queues text[];
   done bigint[] := '{}';
+  done_tokens bigint[] := '{}';
 begin
   perform require_read_committed();
   if (cardinality(settle.tids) = attempts and cardinality(settle.tokens) = attempts
@@ -180,6 +182,7 @@ begin
     finished := finish(hints, settle.ids, settle.tokens, settle.outcomes, settle.results, settle.errors,
       settle.ages_ms, settle.snapshots, settle.versions);
     done := done || finished.done;
+    done_tokens := done_tokens || finished.done_tokens;
     if with_cursors then
       perform from unnest(settle.run_holds) h(id) where h.id = any(finished.done);
       if found or settle.outcomes && '{release,lost}' or finished.halts is not null then
@@ -203,6 +206,7 @@ begin
     if settle.outcomes && '{retry,snooze,release,lost}' then
       back := put_back(hints, settle.ids, settle.tokens, settle.outcomes, settle.errors, settle.delays_ms);
       done := done || back.done;
+      done_tokens := done_tokens || back.done_tokens;
       queues := queues || back.queues;
     end if;
     exit when cardinality(done) = cardinality(settle.ids);
@@ -216,14 +220,15 @@ begin
     queues := queues || settle.run_queues;
   end if;
   update claims c set open = c.open - e.n
-    from (select u.token, count(*) as n from unnest(settle.ids, settle.tokens) u(id, token)
-      where cardinality(done) = cardinality(settle.ids) or u.id = any(done) group by u.token) e
+    from (select d.token, count(*) as n from unnest(done_tokens) d(token) group by d.token) e
     where c.token = e.token;
   delete from claims c where c.token = any(settle.tokens) and c.open <= 0;
   delete from leases l where l.id = any(settle.tokens) and not exists (select from claims c where c.lease = l.id);
   perform wake(q) from (select distinct q from unnest(queues) q where q is not null) w(q);
   if cardinality(done) < cardinality(settle.ids) then
-    return array(select i from unnest(settle.ids) i where not i = any(done));
+    return array(
+      select e.n from unnest(settle.ids, settle.tokens) with ordinality e(id, token, n)
+      where (e.id, e.token) not in (select d.id, d.token from unnest(done, done_tokens) d(id, token)));
   end if;
   return '{}';
 end $$;

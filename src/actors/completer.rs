@@ -19,7 +19,7 @@ use crate::cursor::Fold;
 use crate::error::Result;
 use crate::lifecycle::{Settled, Verdict};
 use crate::metrics::Metrics;
-use crate::store::{EndedRun, Store};
+use crate::store::{EndedRun, Settlement, Store};
 
 /// About so many attempts are settled in one call.
 const MAX_SETTLE: usize = 1000;
@@ -166,8 +166,8 @@ fn cut(batch: &[EndedRun]) -> usize {
 
 async fn attempt(store: &Store, batch: &[EndedRun]) -> Result<usize> {
     let settled = store.settle(batch).await;
-    let all = || batch.iter().flat_map(|run| &run.jobs);
-    let ids = || all().map(|job| job.id).collect::<Vec<_>>();
+    let all: Vec<&Settlement> = batch.iter().flat_map(|run| &run.jobs).collect();
+    let ids = || all.iter().map(|job| job.id).collect::<Vec<_>>();
     let Ok(refused) = &settled else {
         tracing::trace!(target: RECORD, event = "settle_unknown", jobs = ?ids());
         return settled.map(|refused| refused.len());
@@ -176,12 +176,13 @@ async fn attempt(store: &Store, batch: &[EndedRun]) -> Result<usize> {
         target: RECORD,
         event = "settled",
         jobs = ?ids(),
-        tokens = ?all().map(|job| job.token).collect::<Vec<_>>(),
-        outcomes = ?all().map(|job| job.verdict.outcome.as_str()).collect::<Vec<_>>(),
+        tokens = ?all.iter().map(|job| job.token).collect::<Vec<_>>(),
+        outcomes = ?all.iter().map(|job| job.verdict.outcome.as_str()).collect::<Vec<_>>(),
         ?refused,
     );
     if !refused.is_empty() {
-        tracing::warn!(jobs = ?&refused[..refused.len().min(10)], count = refused.len(), "settle refused: the lease was lost");
+        let jobs: Vec<i64> = refused.iter().take(10).map(|place| all[*place].id).collect();
+        tracing::warn!(?jobs, count = refused.len(), "settle refused: the lease was lost");
     }
     Ok(refused.len())
 }

@@ -31,8 +31,13 @@ pub(crate) struct LeaseKeeper {
 /// What a heartbeat came to.
 enum Beat {
     Begun(i64),
-    Kept { cancelled: Vec<i64> },
+    Kept {
+        id: i64,
+        cancelled: Vec<i64>,
+    },
     Ended,
+    /// The lease was given up for lost before the answer came.
+    Late,
 }
 
 impl LeaseKeeper {
@@ -77,6 +82,9 @@ impl LeaseKeeper {
                 return store.begin_lease(id, &node, ttl).await.map(|()| Beat::Begun(id));
             };
             let extended = store.extend(id, ttl).await?;
+            if lease.id() != Some(id) {
+                return Ok(Beat::Late);
+            }
             if !extended.alive {
                 return Ok(Beat::Ended);
             }
@@ -90,7 +98,7 @@ impl LeaseKeeper {
                     }
                 });
             }
-            Ok(Beat::Kept { cancelled: extended.cancelled })
+            Ok(Beat::Kept { id, cancelled: extended.cancelled })
         };
         ctx.spawn(beat.into_actor(self).map(move |beat, keeper, _| {
             keeper.beating = false;
@@ -102,14 +110,15 @@ impl LeaseKeeper {
                     keeper.lease.begun(id);
                     keeper.bell.wake_all(Cause::Recovered);
                 }
-                Ok(Beat::Kept { cancelled }) => {
+                Ok(Beat::Kept { id, cancelled }) => {
                     keeper.lease.confirmed(sent, keeper.ttl);
-                    tracing::trace!(target: RECORD, event = "heartbeat", lease = keeper.lease.id().unwrap_or_default());
+                    tracing::trace!(target: RECORD, event = "heartbeat", lease = id);
                     if !cancelled.is_empty() {
                         let cancel = Cancel(cancelled.into());
                         keeper.pools.iter().for_each(|pool| pool.do_send(cancel.clone()));
                     }
                 }
+                Ok(Beat::Late) => {}
                 Ok(Beat::Ended) => keeper.lose("the reaper ended it"),
                 Err(error) => tracing::warn!(%error, "heartbeat failed"),
             }

@@ -50,9 +50,14 @@ impl Lease {
     }
 
     /// True if it may not be relied on any more: the process was stopped, or the database silent, for too long.
-    /// Then nothing may start.
     pub(crate) fn is_overdue(&self) -> bool {
         since_boot().as_nanos() as u64 > self.0.until.load(Ordering::Acquire)
+    }
+
+    /// True if jobs of this claim may start: it was made under this lease and not an earlier one, and the lease
+    /// may be relied on.
+    pub(crate) fn covers(&self, token: i64) -> bool {
+        !self.is_overdue() && self.open().contains_key(&token)
     }
 
     /// The database refused the lease: the keeper finds out at once.

@@ -218,7 +218,7 @@ async fn execute(run: ClaimedRun, shared: &Shared, current: &Current, runners: &
     let mut run = Progress::begin(run, &shared.queue);
     while let Some(mut job) = run.next() {
         // Cancelled, or taken back, before it started; or somebody else may run it by now.
-        let taken_back = job.meta.cancelled.is_cancelled() || shared.tools.lease.is_overdue();
+        let taken_back = job.meta.cancelled.is_cancelled() || !shared.tools.lease.covers(job.token);
         let payload = if taken_back { Err(End::Released) } else { payload(&mut job, &shared.tools.store).await };
         let payload = match payload {
             Ok(payload) => payload,

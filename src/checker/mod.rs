@@ -169,8 +169,8 @@ fn attempts(record: &[Entry]) -> Attempts {
                 find(&mut all, *job, *token, &|attempt| attempt.ended = Some((*at, outcome.clone())));
             }
             Event::Settled { jobs, tokens, refused, .. } => {
-                for (job, token) in jobs.iter().zip(tokens) {
-                    let accepted = !refused.contains(job);
+                for (place, (job, token)) in jobs.iter().zip(tokens).enumerate() {
+                    let accepted = !refused.contains(&place);
                     find(&mut all, *job, *token, &|attempt| {
                         if !attempt.settled.is_some_and(|(_, accepted)| accepted) {
                             attempt.settled = Some((*at, accepted));

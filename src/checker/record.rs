@@ -106,8 +106,8 @@ pub enum Event {
         tokens: Vec<i64>,
         /// What is to become of the jobs.
         outcomes: Vec<String>,
-        /// Those that it refused, because they are somebody else's now.
-        refused: Vec<i64>,
+        /// The places in these lists of what it refused, because the jobs are somebody else's now.
+        refused: Vec<usize>,
     },
     /// Nobody knows whether it has: the answer did not come.
     SettleUnknown {

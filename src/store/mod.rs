@@ -269,10 +269,13 @@ impl Store {
         Ok(rows.first().and_then(|row| rows::json(row, 0)).map(Box::from))
     }
 
-    /// Record how attempts ended. Returns the ids that were refused: their lease was lost.
-    pub async fn settle(&self, ended: &[EndedRun]) -> Result<Vec<i64>> {
+    /// Record how attempts ended. Returns the places of those that were refused, among the jobs of all runs:
+    /// their lease was lost.
+    pub async fn settle(&self, ended: &[EndedRun]) -> Result<Vec<usize>> {
         let columns = rows::Columns::of(ended);
-        self.call(async |c, q| Ok(c.query_typed(&q.settle, &columns.params()).await?[0].get(0))).await
+        let refused: Vec<i64> =
+            self.call(async |c, q| Ok(c.query_typed(&q.settle, &columns.params()).await?[0].get(0))).await?;
+        Ok(refused.into_iter().map(|place| place as usize - 1).collect())
     }
 
     /// Move due jobs into the line: how many, and how long until the next one is due.

@@ -106,20 +106,15 @@ pub async fn connections_run_out(seed: u64) {
 
 /// The disk is full for a while: the server refuses to write, or crashes. Needs a file system of its own, so root.
 pub async fn the_disk_is_full(seed: u64) {
-    let directory = tempfile::Builder::new().prefix("chaos-disk-").tempdir().unwrap();
-    let mount = |arguments: &[&str]| {
-        let status = Command::new(arguments[0]).args(&arguments[1..]).arg(directory.path()).status().unwrap();
-        assert!(status.success(), "{arguments:?}");
-    };
-    mount(&["mount", "-t", "tmpfs", "-o", "size=400m", "tmpfs"]);
+    let disk = Disk::mount();
     let settings = ["fsync = off", "log_min_messages = fatal", "max_wal_size = 64MB", "wal_recycle = off"];
-    let server = PrivateServer::start(Some(directory.path()), &settings).unwrap();
+    let server = PrivateServer::start(Some(disk.0.path()), &settings).unwrap();
     let mut world = World::on(seed, server).await;
     world.nodes(2, &[]).await;
     world.load(Habits::default());
     world.progress(100).await;
     world.breaks("disk full");
-    let ballast = directory.path().join("ballast");
+    let ballast = disk.0.path().join("ballast");
     let filled = std::io::copy(&mut std::io::repeat(7), &mut std::fs::File::create(&ballast).unwrap());
     assert_eq!(filled.unwrap_err().kind(), std::io::ErrorKind::StorageFull);
     tokio::time::sleep(Duration::from_secs(3)).await;
@@ -133,9 +128,25 @@ pub async fn the_disk_is_full(seed: u64) {
     }
     world.heals("disk full");
     world.progress(100).await;
-    let checked = world.check().await;
-    drop(checked);
-    mount(&["umount"]);
+    drop(world.check().await);
+}
+
+/// A small file system in memory.
+struct Disk(tempfile::TempDir);
+
+impl Disk {
+    fn mount() -> Self {
+        let directory = tempfile::Builder::new().prefix("chaos-disk-").tempdir().unwrap();
+        let mount = ["-t", "tmpfs", "-o", "size=400m", "tmpfs"];
+        assert!(Command::new("mount").args(mount).arg(directory.path()).status().unwrap().success());
+        Disk(directory)
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("--lazy").arg(self.0.path()).status();
+    }
 }
 
 /// A synchronous standby is promoted while the old primary is alive; first connections still lead to the old one,
@@ -227,7 +238,10 @@ pub async fn settings_are_hostile(seed: u64) {
     // A transaction that holds what nodes want: their statements time out.
     let holder = world.sql().await;
     holder
-        .batch_execute("set lock_timeout = 0; set statement_timeout = 0; set idle_in_transaction_session_timeout = 0")
+        .batch_execute(
+            "set lock_timeout = 0; set statement_timeout = 0; set idle_session_timeout = 0;
+             set idle_in_transaction_session_timeout = 0",
+        )
         .await
         .unwrap();
     for _ in 0..5 {

@@ -154,14 +154,15 @@ impl World {
         NodeProcess { name, child: command.spawn().unwrap() }
     }
 
+    /// True if a node has a lease that has not been ended.
+    pub async fn has_lease(&self, number: usize) -> bool {
+        let name = &self.nodes[number].name;
+        self.count(&format!("select count(*) from pgcue.leases where node = '{name}' and dead_at is null")).await > 0
+    }
+
     /// Wait until a node has begun a lease.
     pub async fn ready(&self, number: usize) {
-        let name = self.nodes[number].name.clone();
-        self.eventually(&format!("{name} has a lease"), || async {
-            self.count(&format!("select count(*) from pgcue.leases where node = '{name}' and dead_at is null")).await
-                > 0
-        })
-        .await;
+        self.eventually(&format!("node {number} has a lease"), || self.has_lease(number)).await;
     }
 
     /// Send a signal to a node's process.
@@ -287,8 +288,9 @@ impl World {
         };
         self.eventually("everything drains", || async { self.count("select count(*) from pgcue.jobs").await == 0 })
             .await;
-        let dead = "select count(*) from pgcue.leases where dead_at is not null or expires_at < clock_timestamp()";
-        self.eventually("the leases of the dead end", || async { self.count(dead).await == 0 }).await;
+        let living = (0..self.nodes.len()).filter(|number| self.is_alive(*number)).count() as i64;
+        let leases = "select count(*) from pgcue.leases";
+        self.eventually("the leases of the dead end", || async { self.count(leases).await == living }).await;
         let idle = "select count(*) from pg_stat_activity where state like 'idle in transaction%'";
         self.eventually("no transaction is left open", || async { self.count(idle).await == 0 }).await;
         for number in 0..self.nodes.len() {
@@ -297,7 +299,7 @@ impl World {
                 assert!(status.success(), "{} ended with {status}", self.nodes[number].name);
             }
         }
-        assert_eq!(self.count("select count(*) from pgcue.leases").await, 0, "a lease is left");
+        assert_eq!(self.count(leases).await, 0, "a lease is left");
         assert_eq!(self.count("select count(*) from pgcue.claims").await, 0, "a claim is left");
         let connections = "select count(*) from pg_stat_activity where application_name like 'pgcue%'";
         self.eventually("connections close", || async { self.count(connections).await == 0 }).await;

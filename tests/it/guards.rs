@@ -254,3 +254,28 @@ async fn a_late_commit_is_found_by_full_passes_and_only_by_them() {
         node.drain().await.unwrap();
     }
 }
+
+/// A node lost its lease, got one of its jobs again, and settles both attempts in one call: one counts.
+#[actix::test]
+async fn one_call_may_settle_a_job_under_an_old_and_a_new_token() {
+    let db = database().await;
+    let sql = db.sql().await;
+    sql.batch_execute(
+        "select enqueue('noop'), enqueue('noop'), begin_lease(1, 'slow', '1 h'), begin_lease(2, 'slow', '1 h')",
+    )
+    .await
+    .unwrap();
+    let claim = "select id from claim_lanes($1, $2, 'default', null, 2, 1, '{}', '{}') where id is not null";
+    assert_eq!(sql.query(claim, &[&1i64, &10i64]).await.unwrap().len(), 2);
+    // One of the old claim's jobs is locked, so that the claim outlives its lease.
+    let holder = db.sql().await;
+    holder.batch_execute("begin; select from jobs where id = 2 for update").await.unwrap();
+    let expire = "update leases set ttl = '0', expires_at = now() - interval '1 s' where id = 1";
+    sql.batch_execute(&format!("{expire}; select reap()")).await.unwrap();
+    holder.batch_execute("commit").await.unwrap();
+    assert_eq!(sql.query(claim, &[&2i64, &11i64]).await.unwrap().len(), 1);
+    let both = "select settle(array[null, null]::tid[], '{1,1}', '{10,11}', '{completed,completed}', null, null, null, null, null, null)";
+    assert_eq!(value::<Vec<i64>>(&sql, both).await, [1], "the first place is refused");
+    assert_eq!(db.store.verify().await.unwrap(), []);
+    assert_eq!(db.job(1).await.state, "completed");
+}

@@ -123,7 +123,8 @@ impl Walk {
             }
             goes_on = ended.end(job, verdict, None, 0);
         }
-        let refused: BTreeSet<i64> = self.db.store.settle(&[ended.clone()]).await.unwrap().into_iter().collect();
+        let refused = self.db.store.settle(&[ended.clone()]).await.unwrap();
+        let refused: BTreeSet<i64> = refused.iter().map(|place| ended.jobs[*place].id).collect();
         let running = |job: &Settlement| self.model.jobs.get(&job.id).is_some_and(|j| j.at == At::Running(job.token));
         let stale: BTreeSet<i64> = ended.jobs.iter().filter(|job| !running(job)).map(|job| job.id).collect();
         assert_eq!(refused, stale, "refused are those that do not run under this token");
