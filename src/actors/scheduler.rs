@@ -19,7 +19,8 @@ const BATCH: i32 = 1000;
 const TICK: Duration = Duration::from_secs(1);
 /// How often the horizon is moved.
 const HORIZON_EVERY: Duration = Duration::from_millis(500);
-/// Between two passes lies this multiple of the last one's duration.
+/// Between two passes lies this multiple of the last one's duration, up to a tick: what took long may have been
+/// an outage.
 const SHARE: u32 = 4;
 /// How often the history is tended.
 const TEND_EVERY: Duration = Duration::from_secs(600);
@@ -38,6 +39,7 @@ pub(crate) struct Rest {
     timer: Option<SpawnHandle>,
     days_ahead: Option<i32>,
     horizon: Horizon,
+    moving_horizon: bool,
 }
 
 impl Default for Rest {
@@ -49,6 +51,7 @@ impl Default for Rest {
             timer: None,
             days_ahead: None,
             horizon: Horizon::default(),
+            moving_horizon: false,
         }
     }
 }
@@ -68,7 +71,7 @@ impl Scheduler {
             let pass = async move { store.promote(BATCH).await };
             ctx.spawn(pass.into_actor(self).map(move |promoted, scheduler, ctx| {
                 scheduler.rest.passing = false;
-                scheduler.rest.not_before = Instant::now() + began.elapsed() * SHARE;
+                scheduler.rest.not_before = Instant::now() + (began.elapsed() * SHARE).min(TICK);
                 let next = match promoted {
                     Ok((promoted, due_in)) => {
                         if promoted > 0 {
@@ -97,11 +100,17 @@ impl Scheduler {
     }
 
     fn move_horizon(&mut self, ctx: &mut Context<Self>) {
+        if std::mem::replace(&mut self.rest.moving_horizon, true) {
+            return; // the database is silent
+        }
         let (store, last) = (self.store.clone(), self.rest.horizon.clone());
         let see = async move { store.move_horizon(&last).await };
-        ctx.spawn(see.into_actor(self).map(|seen, scheduler, _| match seen {
-            Ok(seen) => scheduler.rest.horizon = seen,
-            Err(error) => tracing::warn!(%error, "the horizon cannot be moved"),
+        ctx.spawn(see.into_actor(self).map(|seen, scheduler, _| {
+            scheduler.rest.moving_horizon = false;
+            match seen {
+                Ok(seen) => scheduler.rest.horizon = seen,
+                Err(error) => tracing::warn!(%error, "the horizon cannot be moved"),
+            }
         }));
     }
 

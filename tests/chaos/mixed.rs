@@ -76,7 +76,7 @@ pub async fn mixed(seed: u64, minutes: f64, nodes: usize) {
     let mut tallies: BTreeMap<Fault, Tally> = BTreeMap::new();
     world.progress(100).await;
     while Instant::now() < end || tallies.is_empty() {
-        let rate = finishing(&world, calm).await;
+        let (enqueued, finished) = rates(&world, calm).await;
         let fault = *FAULTS.choose(&mut world.random).expect("there are faults");
         let name = format!("{fault:?}");
         world.breaks(&name);
@@ -88,8 +88,9 @@ pub async fn mixed(seed: u64, minutes: f64, nodes: usize) {
         }
         world.heals(&name);
         let healed = Instant::now();
-        let wanted = rate * 0.9;
-        while finishing(&world, Duration::from_secs(1)).await < wanted {
+        // A backlog that is worked off says nothing of what the nodes are asked for.
+        let wanted = enqueued.min(finished) * 0.9;
+        while rates(&world, Duration::from_secs(1)).await.1 < wanted {
             assert!(
                 healed.elapsed() < RECOVERY,
                 "seed {seed}: {fault:?} is not recovered from: below {wanted:.0} jobs/s"
@@ -120,12 +121,16 @@ pub async fn mixed(seed: u64, minutes: f64, nodes: usize) {
     );
 }
 
-/// At which rate jobs finish, per second, over some time.
-async fn finishing(world: &World, time: Duration) -> f64 {
-    let finished = async || world.counts().committed as i64 - world.count("select count(*) from pgcue.jobs").await;
-    let (before, begin) = (finished().await, Instant::now());
+/// How many jobs are enqueued and finish per second, over some time.
+async fn rates(world: &World, time: Duration) -> (f64, f64) {
+    let look = async || {
+        let enqueued = world.counts().committed as i64;
+        (enqueued, enqueued - world.count("select count(*) from pgcue.jobs").await)
+    };
+    let (before, begin) = (look().await, Instant::now());
     tokio::time::sleep(time).await;
-    (finished().await - before) as f64 / begin.elapsed().as_secs_f64()
+    let (after, seconds) = (look().await, begin.elapsed().as_secs_f64());
+    ((after.0 - before.0) as f64 / seconds, (after.1 - before.1) as f64 / seconds)
 }
 
 /// Break something for about `time`, and mend it.

@@ -30,6 +30,10 @@ async fn blackholed(seed: u64, weather: Weather) {
     world.pass(2000).await;
     world.proxy.set(Weather::default());
     world.heals("blackhole");
+    // Also jobs whose time came meanwhile are found soon after.
+    let due =
+        "select count(*) from pgcue.jobs where stage = 'scheduled' and run_at < clock_timestamp() - interval '1 s'";
+    world.within(Duration::from_secs(10), "due jobs are promoted", || async { world.count(due).await == 0 }).await;
     world.progress(100).await;
     world.check().await;
 }
