@@ -13,7 +13,7 @@ use crate::proxy::Weather;
 use crate::world::{CALM, World};
 
 /// Where Debian puts it.
-const PGBOUNCER: &str = "/usr/sbin/pgbouncer";
+pub const PGBOUNCER: &str = "/usr/sbin/pgbouncer";
 
 /// For longer than the lease: nodes must find out on their own.
 async fn blackholed(seed: u64, weather: Weather) {
@@ -69,6 +69,26 @@ pub async fn replies_are_swallowed(seed: u64) {
     world.heals("swallowed replies");
     world.progress(100).await;
     world.check().await;
+}
+
+/// Nodes are killed when the database has committed what they settled, and before they hear of it.
+pub async fn killed_before_a_reply(seed: u64) {
+    let mut world = World::new(seed).await;
+    world.nodes(2, &[]).await;
+    world.load(Habits::default());
+    world.progress(50).await;
+    world.breaks("SIGKILL before a reply");
+    world.proxy.set(Weather { replies_swallowed: true, ..Weather::default() });
+    world.eventually("a settle is committed unheard", || async { world.unheard().await > 0 }).await;
+    world.kill(0);
+    world.kill(1);
+    world.proxy.set(Weather::default());
+    world.heals("SIGKILL before a reply");
+    world.restart(0, &[]).await;
+    world.restart(1, &[]).await;
+    world.progress(100).await;
+    let checked = world.check().await;
+    assert!(checked.lost > 0, "they must have held jobs");
 }
 
 /// Everything arrives 100 ms late.

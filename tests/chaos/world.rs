@@ -1,6 +1,7 @@
 //! A small world for one scenario: a server, a proxy in front of it, node processes, producers, and a record of
 //! all that they do, which is checked at the end.
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
@@ -270,6 +271,18 @@ impl World {
     /// How many events of a sort were recorded.
     pub fn recorded(&self, which: impl Fn(&Event) -> bool) -> usize {
         self.record().iter().filter(|entry| which(&entry.event)).count()
+    }
+
+    /// How many jobs have completed, and no node has heard of it.
+    pub async fn unheard(&self) -> usize {
+        let heard: HashSet<i64> = self
+            .record()
+            .into_iter()
+            .flat_map(|entry| if let Event::Settled { jobs, .. } = entry.event { jobs } else { Vec::new() })
+            .collect();
+        let completed = "select id from pgcue.finished_jobs where state = 'completed'";
+        let rows = self.sql().await.query(completed, &[]).await.unwrap();
+        rows.iter().filter(|row| !heard.contains(&row.get(0))).count()
     }
 
     /// Enqueue a job by hand; its payload has this key.
