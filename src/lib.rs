@@ -16,6 +16,7 @@ mod metrics;
 mod node;
 mod outcome;
 pub mod pacing;
+pub mod record;
 mod retry;
 pub mod store;
 mod task;

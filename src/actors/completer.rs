@@ -14,11 +14,11 @@ use super::backlog::Outbox;
 use super::bell::Bell;
 use super::lease::Lease;
 use super::messages::{Cause, Collect, Flush, Observe, Observed};
-use crate::checker::record::TARGET as RECORD;
 use crate::cursor::Fold;
 use crate::error::Result;
 use crate::lifecycle::{Settled, Verdict};
 use crate::metrics::Metrics;
+use crate::record;
 use crate::store::{EndedRun, Settlement, Store};
 
 /// About so many attempts are settled in one call.
@@ -169,11 +169,11 @@ async fn attempt(store: &Store, batch: &[EndedRun]) -> Result<usize> {
     let all: Vec<&Settlement> = batch.iter().flat_map(|run| &run.jobs).collect();
     let ids = || all.iter().map(|job| job.id).collect::<Vec<_>>();
     let Ok(refused) = &settled else {
-        tracing::trace!(target: RECORD, event = "settle_unknown", jobs = ?ids());
+        tracing::trace!(target: record::TARGET, event = "settle_unknown", jobs = ?ids());
         return settled.map(|refused| refused.len());
     };
     tracing::trace!(
-        target: RECORD,
+        target: record::TARGET,
         event = "settled",
         jobs = ?ids(),
         tokens = ?all.iter().map(|job| job.token).collect::<Vec<_>>(),

@@ -17,10 +17,10 @@ use super::lease::{Lease, draw};
 use super::listener::Listener;
 use super::messages::{Cause, Demand, Drain, Leave, Observe, Observed, Rest, Run, Standing, Wake};
 use super::worker_pool::WorkerPool;
-use crate::checker::record::TARGET as RECORD;
 use crate::error::Error;
 use crate::metrics::Metrics;
 use crate::pacing::{self, FullPasses, Marks};
+use crate::record;
 use crate::store::{Claim, Claimed, ClaimedRun, Mark, Store};
 
 /// Producers hold the post, or somebody a row: look again after this, doubling up to the second.
@@ -163,7 +163,7 @@ impl Dispatcher {
                 Ok(claimed) => {
                     lease.opened(token, claimed.jobs());
                     if claimed.jobs() > 0 {
-                        tracing::trace!(target: RECORD, event = "claimed", token, jobs = ?claimed.ids());
+                        tracing::trace!(target: record::TARGET, event = "claimed", token, jobs = ?claimed.ids());
                     }
                     Pass::Claimed { claimed, wanted: wanted.jobs, full }
                 }

@@ -8,9 +8,9 @@ use super::bell::Bell;
 use super::lease::{Lease, draw, since_boot};
 use super::messages::{Cancel, Cause, EndLease, LeaseLost, Observe, Observed};
 use super::worker_pool::WorkerPool;
-use crate::checker::record::TARGET as RECORD;
 use crate::error::Result;
 use crate::metrics::Metrics;
+use crate::record;
 use crate::store::{NodeInfo, Store};
 
 /// Begins the node's lease and extends it three times per period. It counts the time from *sending*
@@ -53,7 +53,7 @@ impl LeaseKeeper {
         let lease = Lease::default();
         let id = draw();
         store.begin_lease(id, &node, ttl).await?;
-        tracing::trace!(target: RECORD, event = "lease_begun", lease = id);
+        tracing::trace!(target: record::TARGET, event = "lease_begun", lease = id);
         lease.confirmed(asked, ttl);
         lease.begun(id);
         Ok(LeaseKeeper { store, lease, node, ttl, metrics, bell, pools: Vec::new(), beating: false })
@@ -105,14 +105,14 @@ impl LeaseKeeper {
             match beat {
                 Ok(Beat::Begun(id)) => {
                     tracing::info!(lease = id, "began a new lease");
-                    tracing::trace!(target: RECORD, event = "lease_begun", lease = id);
+                    tracing::trace!(target: record::TARGET, event = "lease_begun", lease = id);
                     keeper.lease.confirmed(sent, keeper.ttl);
                     keeper.lease.begun(id);
                     keeper.bell.wake_all(Cause::Recovered);
                 }
                 Ok(Beat::Kept { id, cancelled }) => {
                     keeper.lease.confirmed(sent, keeper.ttl);
-                    tracing::trace!(target: RECORD, event = "heartbeat", lease = id);
+                    tracing::trace!(target: record::TARGET, event = "heartbeat", lease = id);
                     if !cancelled.is_empty() {
                         let cancel = Cancel(cancelled.into());
                         keeper.pools.iter().for_each(|pool| pool.do_send(cancel.clone()));
@@ -134,7 +134,7 @@ impl LeaseKeeper {
     fn lose(&mut self, why: &str) {
         let lease = self.lease.lost();
         tracing::error!(lease, why, "lost the lease; running jobs are told to stop");
-        tracing::trace!(target: RECORD, event = "lease_lost", lease);
+        tracing::trace!(target: record::TARGET, event = "lease_lost", lease);
         self.metrics.leases_lost.inc();
         self.pools.iter().for_each(|pool| pool.do_send(LeaseLost));
     }

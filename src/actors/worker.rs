@@ -15,9 +15,9 @@ use super::lease::Lease;
 use super::messages::Cause;
 use super::sticky::Sticky;
 use super::supervisor::{Handlers, Runners};
-use crate::checker::record::TARGET as RECORD;
 use crate::lifecycle::{End, Settled, judge};
 use crate::metrics::Metrics;
+use crate::record;
 use crate::retry::RetryPolicy;
 use crate::store::{ClaimedJob, ClaimedRun, EndedRun, Store};
 
@@ -144,7 +144,7 @@ impl Progress {
         let verdict = judge(end, job.meta.attempt, job.meta.max_attempts, &policy, rand::random()).within(limits);
         if started.is_some() {
             let (outcome, token) = (verdict.outcome.as_str(), job.token);
-            tracing::trace!(target: RECORD, event = "ended", job = job.meta.id, attempt = job.meta.attempt, token, outcome);
+            tracing::trace!(target: record::TARGET, event = "ended", job = job.meta.id, attempt = job.meta.attempt, token, outcome);
         }
         self.done.end(job, verdict, started, limits.snapshot)
     }
@@ -232,7 +232,7 @@ async fn execute(run: ClaimedRun, shared: &Shared, current: &Current, runners: &
         let span =
             tracing::info_span!("job", id = meta.id, kind = &*meta.kind, queue = &*meta.queue, attempt = meta.attempt);
         let started = Instant::now();
-        tracing::trace!(target: RECORD, event = "started", job = meta.id, attempt = meta.attempt, token = job.token);
+        tracing::trace!(target: record::TARGET, event = "started", job = meta.id, attempt = meta.attempt, token = job.token);
         current.set(Attempt { job, started, limit, run });
         let (end, rebuilt) = runners.attempt(&payload, meta, limit).instrument(span).await;
         let attempt = current.take_if(|_| true)?;

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use serde_json::Value;
 
-use super::record::{Event, Fate};
 use super::{Attempts, Checker, Findings, Rule, told};
+use crate::record::{Event, Fate};
 use crate::store::{CursorEnd, FinishedJob};
 
 pub(super) fn check(

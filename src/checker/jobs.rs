@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 
-use super::record::{Entry, Event, Fate};
 use super::{Attempt, Attempts, Findings, Rule, told};
+use crate::record::{Entry, Event, Fate};
 use crate::store::FinishedJob;
 
 /// How long after it was healed a fault may still be the reason that a lease is lost: calls that hang are given

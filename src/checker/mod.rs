@@ -2,12 +2,11 @@
 //! promise was kept. Tests end with it, after faults were injected and healed and everything has drained; it
 //! also checks a live database whose jobs are at rest.
 //!
-//! [`record`] is what processes saw, [`jobs`] what is promised of every job, [`cursors`] what is promised of
-//! cursors. The rules read like the promises; each is checked by nothing but what is on record.
+//! What processes saw is a [record](crate::record); [`jobs`] is what is promised of every job, [`cursors`] what is
+//! promised of cursors. The rules read like the promises; each is checked by nothing but what is on record.
 
 mod cursors;
 mod jobs;
-pub mod record;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -16,8 +15,8 @@ use serde_json::Value;
 
 use crate::error::{Error, Result, shorten};
 use crate::lifecycle::Settled;
+use crate::record::{Entry, Event};
 use crate::store::{FinishedJob, Store};
-use record::{Entry, Event};
 
 /// No more than so many violations of a rule are told.
 const MAX_TOLD: usize = 20;

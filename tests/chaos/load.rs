@@ -4,7 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::Duration;
 
-use pgcue::checker::record::{Event, Fate, Recorder};
+use pgcue::record::{Event, Fate, Recorder};
 use pgcue::store::{Store, Target};
 use pgcue::{Client, Error, NewJob, Task};
 use rand::rngs::StdRng;

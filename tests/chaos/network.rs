@@ -4,7 +4,7 @@ use std::net::TcpListener;
 use std::process::{Child, Stdio};
 use std::time::Duration;
 
-use pgcue::checker::record::Event;
+use pgcue::record::Event;
 use rand::RngExt;
 
 use crate::load::Habits;

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use pgcue::checker::record::{Recorder, TARGET};
+use pgcue::record::{Recorder, TARGET};
 use pgcue::{CursorTask, Job, JobError, JobResult, Node, Outcome, RetryPolicy, Task};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};

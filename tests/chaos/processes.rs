@@ -4,7 +4,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use pgcue::Task;
-use pgcue::checker::record::Event;
+use pgcue::record::Event;
 use rustix::process::Signal;
 
 use crate::load::Habits;

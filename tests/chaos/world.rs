@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use pgcue::checker::Checker;
-use pgcue::checker::record::{self, Entry, Event, Fate, Recorder};
 use pgcue::dev::PrivateServer;
+use pgcue::record::{self, Entry, Event, Fate, Recorder};
 use pgcue::store::{Store, Target};
 use pgcue::{Client, NewJob};
 use rand::rngs::StdRng;

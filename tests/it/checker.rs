@@ -1,7 +1,7 @@
 //! The checker: each rule finds what breaks it, in a history and a record that were true before.
 
-use pgcue::checker::record::{Entry, Event, Fate};
 use pgcue::checker::{Checker, Rule};
+use pgcue::record::{Entry, Event, Fate};
 
 use crate::guards::{Nodes, check};
 use crate::support::database;

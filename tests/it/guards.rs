@@ -5,9 +5,9 @@ use std::cell::{Cell, RefCell};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pgcue::checker::record::{Entry, Event, Fate};
 use pgcue::checker::{Checker, Rule, Violation};
 use pgcue::lifecycle::{Settled, Verdict};
+use pgcue::record::{Entry, Event, Fate};
 use pgcue::store::{Claim, ClaimedRun, EndedRun};
 use pgcue::{Config, NewJob};
 use serde_json::{Value, json};

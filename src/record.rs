@@ -1,5 +1,5 @@
-//! The record: what processes saw and did, a line of JSON an event, from which the checker concludes what
-//! must have happened.
+//! The record: what processes saw and did, a line of JSON an event, from which the [checker](crate::checker)
+//! concludes what must have happened.
 //!
 //! Nodes say what they do in `tracing` events of the target [`TARGET`], which cost next to nothing as long as
 //! nobody listens. A [`Recorder`] writes them to a file, which it shares with what producers and
