@@ -15,6 +15,7 @@ use tracing::field::{Field, Visit};
 use tracing_subscriber::layer::{Context, Layer};
 
 use crate::error::{Error, Result};
+use crate::job::Meta;
 
 /// The target of the events that make the record.
 pub const TARGET: &str = "pgcue::record";
@@ -46,7 +47,7 @@ pub enum Event {
     Cancelled {
         /// The job.
         job: i64,
-        /// What the database answered.
+        /// What the database answered; `unknown` if the answer did not come.
         answer: String,
     },
     /// A fault was injected, or healed.
@@ -87,6 +88,13 @@ pub enum Event {
         /// The claim that it is made under.
         token: i64,
     },
+    /// Its handler did what it is for; handlers say so by [`effect`].
+    Effect {
+        /// The job.
+        job: i64,
+        /// Which attempt.
+        attempt: u16,
+    },
     /// It ended.
     Ended {
         /// The job.
@@ -126,6 +134,11 @@ pub enum Fate {
     RolledBack,
     /// The answer did not come.
     Unknown,
+}
+
+/// For handlers: the effect of this job takes place now.
+pub fn effect(job: &Meta) {
+    tracing::trace!(target: TARGET, event = "effect", job = job.id, attempt = job.attempt);
 }
 
 /// Appends to a file. Cheap to clone; processes may share the file.
@@ -189,10 +202,15 @@ pub fn read(path: impl AsRef<Path>) -> Result<Vec<Entry>> {
     } else {
         vec![path.to_owned()]
     };
-    let mut all = Vec::new();
+    let mut all: Vec<Entry> = Vec::new();
     for file in files {
-        for line in BufReader::new(std::fs::File::open(&file).map_err(io)?).lines() {
-            all.extend(serde_json::from_str::<Entry>(&line.map_err(io)?).ok());
+        let mut lines = BufReader::new(std::fs::File::open(&file).map_err(io)?).lines().peekable();
+        while let Some(line) = lines.next() {
+            match serde_json::from_str(&line.map_err(io)?) {
+                Ok(entry) => all.push(entry),
+                Err(_) if lines.peek().is_none() => {} // its process was killed
+                Err(error) => return Err(Error::Setup(format!("{}: {error}", file.display()))),
+            }
         }
     }
     all.sort_by_key(|entry| entry.at);

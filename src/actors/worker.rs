@@ -91,14 +91,6 @@ impl Current {
         if current.as_ref().is_some_and(which) { current.take() } else { None }
     }
 
-    /// The lease is lost: tell the running handler to stop, and forget the rest of its run.
-    pub(crate) fn forsake(&self) {
-        if let Some(attempt) = &mut *self.0.lock().unwrap_or_else(PoisonError::into_inner) {
-            attempt.run.rest.clear();
-            attempt.job.meta.cancelled.cancel();
-        }
-    }
-
     /// Tell running handlers to stop, and jobs of the run that have not started not to, if `which` says so.
     pub(crate) fn cancel_if(&self, which: impl Fn(&ClaimedJob) -> bool) {
         let current = self.0.lock().unwrap_or_else(PoisonError::into_inner);

@@ -172,10 +172,9 @@ impl Handler<LeaseLost> for WorkerPool {
     type Result = ();
 
     fn handle(&mut self, _: LeaseLost, _: &mut Self::Context) {
-        drop(self.shared.backlog.empty()); // others run them now
-        for slot in &self.slots {
-            slot.current.forsake();
-        }
+        // Whatever has not started goes back, if it is still ours; of a run that has, with the run.
+        self.give_back(self.shared.backlog.empty());
+        self.slots.iter().for_each(|slot| slot.current.cancel_if(|_| true));
         self.shared.sticky.part_with_all(Parting::LeaseLost);
     }
 }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use serde_json::Value;
 
-use super::{Attempts, Checker, Findings, Rule, told};
+use super::{Attempt, Attempts, Checker, Findings, Rule, told};
 use crate::record::{Event, Fate};
 use crate::store::{CursorEnd, FinishedJob};
 
@@ -88,13 +88,25 @@ fn state(key: &str, jobs: &[&FinishedJob], fold: super::FoldFn<'_>, last: Option
 }
 
 fn overlap(key: &str, jobs: &[&FinishedJob], attempts: &Attempts, found: &mut Findings) {
+    let completed = jobs.iter().filter(|job| job.state == "completed");
+    let in_order = completed.filter_map(|job| Some((job.id, told(attempts, job)?)));
+    let counted = jobs.iter().flat_map(|job| {
+        let made = attempts.get(&job.id).into_iter().flatten();
+        made.filter(|attempt| attempt.counts()).map(|attempt| (job.id, attempt))
+    });
+    let mut in_time: Vec<_> = counted.collect();
+    in_time.sort_by_key(|(_, attempt)| attempt.began);
+    one_after_the_other(key, in_order, found);
+    one_after_the_other(key, in_time.into_iter(), found);
+}
+
+fn one_after_the_other<'a>(key: &str, attempts: impl Iterator<Item = (i64, &'a Attempt)>, found: &mut Findings) {
     let mut before: Option<(i64, u64)> = None;
-    for job in jobs.iter().filter(|job| job.state == "completed") {
-        let Some(attempt) = told(attempts, job) else { continue };
+    for (id, attempt) in attempts {
         if let Some((other, until)) = before.filter(|(_, until)| *until > attempt.began) {
             let time = until - attempt.began;
-            found.add(Rule::Overlap, format!("cursor {key}: job {} began {time} ns before job {other} ended", job.id));
+            found.add(Rule::Overlap, format!("cursor {key}: job {id} began {time} ns before job {other} ended"));
         }
-        before = attempt.ended.as_ref().map(|(at, _)| (job.id, *at)).or(before);
+        before = attempt.ended.as_ref().map(|(at, _)| (id, *at)).or(before);
     }
 }

@@ -6,10 +6,6 @@ use super::{Attempt, Attempts, Findings, Rule, told};
 use crate::record::{Entry, Event, Fate};
 use crate::store::FinishedJob;
 
-/// How long after it was healed a fault may still be the reason that a lease is lost: calls that hang are given
-/// up, connections made anew.
-const AFTERMATH: u64 = 30_000_000_000;
-
 /// What producers enqueued is in the history, and nothing else.
 pub(super) fn enqueued(record: &[Entry], history: &[FinishedJob], found: &mut Findings) {
     let mut by_key: HashMap<&str, Vec<i64>> = HashMap::new();
@@ -38,33 +34,41 @@ pub(super) fn enqueued(record: &[Entry], history: &[FinishedJob], found: &mut Fi
 
 /// What nodes did to jobs is what the history says of them.
 pub(super) fn attempted(record: &[Entry], attempts: &Attempts, history: &[FinishedJob], found: &mut Findings) {
-    let (faults, leases) = (faults(record), leases(record));
-    let cancels = cancels(record);
-    let none = Vec::new();
+    let (processes, cancels) = (processes(record), cancels(record));
     for job in history {
         let id = job.id;
-        let made = attempts.get(&id).unwrap_or(&none);
+        let made = attempts.get(&id).map_or(&[][..], Vec::as_slice);
         if job.attempt > job.max_attempts {
             found.add(Rule::Attempts, format!("job {id}: attempt {} of {}", job.attempt, job.max_attempts));
         }
         if job.started_at.is_some_and(|started| started < job.run_at) {
             found.add(Rule::Early, format!("job {id} started at {:?}, before {}", job.started_at, job.run_at));
         }
-        if job.state == "completed" {
-            let ended = told(attempts, job).and_then(|attempt| attempt.ended.as_ref());
-            if ended.is_none_or(|(_, outcome)| outcome != "completed") {
-                found
-                    .add(Rule::Effect, format!("job {id} completed with attempt {}, on record: {made:?}", job.attempt));
-            }
+        let cancel = cancels.get(&id);
+        if !has_cause(job, told(attempts, job), cancel.is_some()) {
+            found.add(Rule::Cause, format!("job {id} is {}, attempt {}, on record: {made:?}", job.state, job.attempt));
         }
         fenced(job, made, found);
-        explained(id, made, &faults, &leases, found);
-        if let Some((at, answer)) = cancels.get(&id) {
+        explained(id, made, &processes, found);
+        if let Some((at, answer)) = cancel.filter(|(_, answer)| *answer != "unknown") {
             let starts = made.iter().filter(|attempt| attempt.began > *at).count();
             if starts > usize::from(*answer == "requested") {
                 found.add(Rule::Cancelled, format!("job {id} started {starts} times after its cancel was {answer}"));
             }
         }
+    }
+}
+
+fn has_cause(job: &FinishedJob, told: Option<&Attempt>, cancelled: bool) -> bool {
+    let ended = |as_what: &str| {
+        told.is_some_and(|attempt| attempt.ended.as_ref().is_some_and(|(_, outcome)| outcome == as_what))
+    };
+    match job.state.as_str() {
+        "completed" => ended("completed") && told.is_some_and(|attempt| attempt.effect),
+        // A node that does not count leaves it to the database to end the last retry.
+        "failed" => ended("failed") || ended("retry") && job.attempt == job.max_attempts,
+        "cancelled" => cancelled || ended("cancelled"),
+        _ => job.losses >= 3 || job.attempt == job.max_attempts,
     }
 }
 
@@ -86,52 +90,39 @@ fn fenced(job: &FinishedJob, made: &[Attempt], found: &mut Findings) {
     }
 }
 
-fn explained(id: i64, made: &[Attempt], faults: &[(u64, u64)], leases: &Leases, found: &mut Findings) {
-    for (n, attempt) in made.iter().enumerate() {
-        let until = made.get(n + 1).map_or(u64::MAX, |next| next.began);
-        let acknowledged = attempt.settled.is_some_and(|(_, accepted)| accepted);
-        let met_a_fault = || faults.iter().any(|(begin, end)| *begin < until && attempt.began < *end);
-        let lost_its_lease = || {
-            let events = leases.get(&attempt.process).map_or(&[][..], Vec::as_slice);
-            events.iter().find(|(at, _)| *at > attempt.began).is_some_and(|(_, lost)| *lost)
-        };
-        if !acknowledged && !met_a_fault() && !lost_its_lease() {
-            found.add(Rule::Explained, format!("job {id}: no fault explains {attempt:?}"));
+fn explained(id: i64, made: &[Attempt], processes: &HashMap<u32, Process>, found: &mut Findings) {
+    for (n, attempt) in made.iter().enumerate().filter(|(_, attempt)| !attempt.counts()) {
+        let process = &processes[&attempt.process];
+        let went_silent =
+            made.get(n + 1).is_none_or(|next| process.last_seen < next.began) && attempt.settled.is_none();
+        let next_lease_event = process.leases.iter().find(|(at, _)| *at > attempt.began);
+        let lost_its_lease = next_lease_event.is_some_and(|(_, lost)| *lost);
+        if !attempt.unheard && !went_silent && !lost_its_lease {
+            found.add(Rule::Explained, format!("job {id}: nothing explains {attempt:?}"));
         }
     }
 }
 
-/// When each process began a lease or lost one.
-type Leases = HashMap<u32, Vec<(u64, bool)>>;
-
-fn leases(record: &[Entry]) -> Leases {
-    let mut leases = Leases::new();
-    for entry in record {
-        let lost = match entry.event {
-            Event::LeaseBegun { .. } => false,
-            Event::LeaseLost { .. } => true,
-            _ => continue,
-        };
-        leases.entry(entry.process).or_default().push((entry.at, lost));
-    }
-    leases
+/// What is known of a process.
+#[derive(Default)]
+struct Process {
+    last_seen: u64,
+    /// When it began a lease or lost one.
+    leases: Vec<(u64, bool)>,
 }
 
-/// When something was broken.
-fn faults(record: &[Entry]) -> Vec<(u64, u64)> {
-    let mut windows = Vec::new();
-    let mut open: HashMap<&str, u64> = HashMap::new();
+fn processes(record: &[Entry]) -> HashMap<u32, Process> {
+    let mut processes: HashMap<u32, Process> = HashMap::new();
     for entry in record {
-        match &entry.event {
-            Event::Fault { name, begins: true } => drop(open.entry(name).or_insert(entry.at)),
-            Event::Fault { name, begins: false } => {
-                windows.extend(open.remove(&**name).map(|begin| (begin, entry.at + AFTERMATH)));
-            }
+        let process = processes.entry(entry.process).or_default();
+        process.last_seen = entry.at;
+        match entry.event {
+            Event::LeaseBegun { .. } => process.leases.push((entry.at, false)),
+            Event::LeaseLost { .. } => process.leases.push((entry.at, true)),
             _ => {}
         }
     }
-    windows.extend(open.into_values().map(|begin| (begin, u64::MAX)));
-    windows
+    processes
 }
 
 /// The first answered cancel of each job.

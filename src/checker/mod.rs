@@ -41,11 +41,13 @@ pub enum Rule {
     Lost,
     /// What is in the history was enqueued, and its enqueue was not rolled back.
     Invented,
-    /// A completed job has an attempt on record that completed, of the number that the history says.
-    Effect,
+    /// What became of a job has its cause on record: completed, its handler's effect and end, in the attempt that
+    /// the history tells of; failed, such an end; cancelled, a call; lost, three nodes.
+    Cause,
     /// One final settle of a job is accepted; what it says is in the history, and nothing starts afterwards.
     Fenced,
-    /// An attempt whose end the database did not acknowledge met a fault, or its node lost its lease.
+    /// An attempt whose end the database did not acknowledge has a reason: its process went silent or lost its
+    /// lease, or the answer did not come.
     Explained,
     /// No attempt is made beyond the job's limit.
     Attempts,
@@ -59,7 +61,7 @@ pub enum Rule {
     Order,
     /// The state is the fold of the completed jobs, and each job began with the fold of those before it.
     State,
-    /// The attempts that completed did not overlap, and ran in the order of their versions.
+    /// The attempts that counted did not overlap, and those that completed ran in the order of their versions.
     Overlap,
 }
 
@@ -129,13 +131,22 @@ struct Attempt {
     number: u16,
     token: i64,
     began: u64,
+    /// Its handler said that it did what it is for.
+    effect: bool,
     /// When, and what was to become of the job.
     ended: Option<(u64, String)>,
     /// When the database answered, and whether it accepted.
     settled: Option<(u64, bool)>,
+    /// The database was asked, and the answer did not come.
+    unheard: bool,
 }
 
 impl Attempt {
+    /// The database accepted how it ended.
+    fn counts(&self) -> bool {
+        self.settled.is_some_and(|(_, accepted)| accepted)
+    }
+
     /// When the database accepted that the job is finished, and how.
     fn final_settle(&self) -> Option<(u64, &str)> {
         let (at, _) = self.settled.filter(|(_, accepted)| *accepted)?;
@@ -161,11 +172,25 @@ fn attempts(record: &[Entry]) -> Attempts {
                 number: *attempt,
                 token: *token,
                 began: *at,
+                effect: false,
                 ended: None,
                 settled: None,
+                unheard: false,
             }),
             Event::Ended { job, token, outcome, .. } => {
                 find(&mut all, *job, *token, &|attempt| attempt.ended = Some((*at, outcome.clone())));
+            }
+            Event::Effect { job, attempt } => {
+                let mut made = all.get_mut(job).into_iter().flatten().rev();
+                let this = made.find(|a| a.number == *attempt && a.process == *process);
+                this.into_iter().for_each(|attempt| attempt.effect = true);
+            }
+            Event::SettleUnknown { jobs } => {
+                for job in jobs {
+                    for attempt in all.get_mut(job).into_iter().flatten() {
+                        attempt.unheard |= attempt.process == *process && attempt.settled.is_none();
+                    }
+                }
             }
             Event::Settled { jobs, tokens, refused, .. } => {
                 for (place, (job, token)) in jobs.iter().zip(tokens).enumerate() {

@@ -25,6 +25,8 @@ pub struct FinishedJob {
     pub started_at: Option<Timestamp>,
     pub attempt: u16,
     pub max_attempts: u16,
+    /// How many nodes it lost.
+    pub losses: u16,
     /// JSON text.
     pub payload: Box<str>,
     /// The payload's field `key`, by which the job's producer knows it; empty if it has none.
@@ -60,6 +62,7 @@ impl Store {
             started_at: time(&row, 7),
             attempt: row.get::<_, i16>(8) as u16,
             max_attempts: row.get::<_, i16>(9) as u16,
+            losses: row.get::<_, i16>(14) as u16,
             payload: json(&row, 10).unwrap_or("null").into(),
             enqueued_as: row.get::<_, Option<String>>(11).unwrap_or_default(),
             snapshot: json(&row, 12).map(Into::into),

@@ -201,10 +201,13 @@ impl Producer {
     }
 
     async fn cancel(&self, job: i64) {
-        if let Ok(Some(answer)) = self.client.store().cancel(job).await {
-            self.counts.borrow_mut().cancelled += 1;
-            self.recorder.write(Event::Cancelled { job, answer }).unwrap();
-        }
+        let answer = match self.client.store().cancel(job).await {
+            Ok(Some(answer)) => answer,
+            Ok(None) => return, // it has finished
+            Err(_) => "unknown".into(),
+        };
+        self.counts.borrow_mut().cancelled += 1;
+        self.recorder.write(Event::Cancelled { job, answer }).unwrap();
     }
 
     fn count(&self, fate: Fate, jobs: u64) {

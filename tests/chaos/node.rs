@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use pgcue::record::{Recorder, TARGET};
+use pgcue::record::{Recorder, TARGET, effect};
 use pgcue::{CursorTask, Job, JobError, JobResult, Node, Outcome, RetryPolicy, Task};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -105,12 +105,14 @@ fn overflow(depth: u64) -> u64 {
 
 async fn work(job: Job<Work>) -> JobResult {
     perform(&job.args.0, job.meta.attempt).await?;
+    effect(&job.meta);
     Ok(Outcome::Complete)
 }
 
 async fn step(job: Job<Step>) -> JobResult {
     let state = job.cursor()?;
     perform(&job.args.0, job.meta.attempt).await?;
+    effect(&job.meta);
     job.leave(&fold(state.as_ref(), &serde_json::to_value(&job.args)?).unwrap_or_default())
 }
 
@@ -148,6 +150,11 @@ impl<S: tracing::Subscriber> Layer<S> for AbortAt {
 }
 
 pub fn main() -> ExitCode {
+    // Whoever started this holds the other end of the pipe: it must not be outlived.
+    std::thread::spawn(|| {
+        let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+        std::process::abort();
+    });
     let recorder = Recorder::open(std::env::var(RECORD).expect("CHAOS_RECORD")).expect("the record can be opened");
     let log = tracing_subscriber::fmt::layer().with_ansi(false).with_writer(std::io::stderr);
     let log = log.with_filter(tracing_subscriber::EnvFilter::new("info"));

@@ -151,7 +151,7 @@ impl World {
         command.arg("node").env("PGCUE_DATABASE_URL", self.proxied()).env("PGCUE_NAME", &name);
         command.env("PGCUE_LEASE", "3s").env("PGCUE_GRACE", "5s").env("PGCUE_MIGRATE", "false");
         command.env(RECORD, self.path(&format!("record/{number}.{start}"))).env_remove(ABORT);
-        command.envs(settings.iter().copied()).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        command.envs(settings.iter().copied()).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(log);
         NodeProcess { name, child: command.spawn().unwrap() }
     }
 

@@ -56,7 +56,12 @@ async fn a_record_that_does_not_fit_the_history_is_found() {
         (
             "a job that completed, and its handler did not",
             &|record| drop(record.remove(place(record, |e| matches!(e, Event::Ended { .. })))),
-            Rule::Effect,
+            Rule::Cause,
+        ),
+        (
+            "a job that completed without effect",
+            &|record| drop(record.remove(place(record, |e| matches!(e, Event::Effect { .. })))),
+            Rule::Cause,
         ),
         (
             "an attempt that ended, and nobody was told",
@@ -117,6 +122,9 @@ async fn a_history_that_breaks_a_promise_is_found() {
         ("insert into finished_jobs select * from finished_jobs where id = 1", Rule::Once),
         ("update finished_jobs set run_at = started_at + interval '1 ms' where id = 1", Rule::Early),
         ("update finished_jobs set attempt = max_attempts + 1 where id = 1", Rule::Attempts),
+        ("update finished_jobs set state = 'failed' where id = 1", Rule::Cause),
+        ("update finished_jobs set state = 'cancelled' where id = 1", Rule::Cause),
+        ("update finished_jobs set state = 'lost' where id = 1", Rule::Cause),
         ("update finished_jobs set cursor_version = 9 where cursor_version = 3", Rule::Versions),
         ("update cursors set state = '[]' where key = 'k'", Rule::State),
         ("insert into jobs (kind) values ('left')", Rule::Drained),

@@ -97,6 +97,7 @@ impl<'a> Nodes<'a> {
                     Verdict { outcome: Settled::Retry, delay: Some(Duration::from_micros(1)), ..Verdict::default() };
             }
             let (id, attempt, token) = (job.meta.id, job.meta.attempt, job.token);
+            self.note(Event::Effect { job: id, attempt });
             self.note(Event::Ended { job: id, attempt, token, outcome: verdict.outcome.as_str().into() });
             ended.end(job.clone(), verdict, None, 0);
         }
@@ -117,14 +118,13 @@ impl<'a> Nodes<'a> {
         self.enqueue("k", 1..=6).await;
         // The slow node takes two, falls silent, and its jobs go to the quick one.
         let ghost = self.claim(1, 2).await.unwrap();
-        self.note(Event::Fault { name: "silence".into(), begins: true });
+        self.note(Event::LeaseLost { lease: 1 });
         let expire = "update leases set ttl = '0', expires_at = now() - interval '1 s' where id = 1";
         sql.batch_execute(&format!("{expire}; select reap(); select begin_lease(3, 'slow again', '1 h')"))
             .await
             .unwrap();
         let first = self.claim(2, 1).await;
         self.settle(&ghost, false).await;
-        self.note(Event::Fault { name: "silence".into(), begins: false });
         if let Some(first) = first {
             self.settle(&first, false).await;
         }

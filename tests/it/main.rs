@@ -13,6 +13,7 @@ mod fuzz;
 mod guards;
 mod handlers;
 mod inputs;
+mod leases;
 mod model;
 mod operators;
 mod protocol;

@@ -1,0 +1,52 @@
+//! A lease that its node gives up for lost, though the database would still accept it.
+
+use std::time::Duration;
+
+use pgcue::{Config, Job, JobError, JobResult, Node, Outcome, Task};
+use serde::{Deserialize, Serialize};
+
+use crate::support::{database, eventually, value};
+
+/// If so, runs until it is told to stop, the first time.
+#[derive(Serialize, Deserialize)]
+struct Wait(bool);
+
+impl Task for Wait {
+    const KIND: &'static str = "wait";
+}
+
+async fn wait(job: Job<Wait>) -> JobResult {
+    if job.args.0 && job.meta.attempt == 1 {
+        job.meta.cancelled.cancelled().await;
+        return Err(JobError::new("it was told to stop"));
+    }
+    Ok(Outcome::Complete)
+}
+
+#[actix::test]
+async fn what_a_lost_lease_held_goes_back_whole() {
+    let db = database().await;
+    let (sql, holder) = (db.sql().await, db.sql().await);
+    let config = Config { lease: Duration::from_secs(3), ..db.config() };
+    let node = Node::new(config).await.unwrap().handle_fn(wait).start().await.unwrap();
+    // Jobs that are quick, as the node has seen, are claimed in runs.
+    let quick = db.client.enqueue_many((0..200).map(|_| Wait(false))).await.unwrap();
+    db.reaches(quick[199].id, "completed").await;
+    let jobs = (0..5).map(|n| Wait(n == 0).job().cursor("k"));
+    let first = db.client.enqueue_many(jobs).await.unwrap()[0].id;
+    db.reaches(first, "running").await;
+    assert_eq!(value::<i64>(&sql, "select count(*) from jobs where token is not null").await, 5, "one run");
+    // No heartbeat gets through until the node gives up; the database's time is not over then.
+    holder.batch_execute("begin; lock table leases in access exclusive mode").await.unwrap();
+    let lost = async || node.observe().await.iter().any(|(name, seen)| name == "lease" && seen.state == "lost");
+    eventually("the lease is given up", Duration::from_secs(20), lost).await;
+    holder.batch_execute("commit").await.unwrap();
+    eventually("all complete", Duration::from_secs(30), || async {
+        assert_eq!(db.store.verify().await.unwrap(), []);
+        value::<i64>(&sql, "select count(*) from finished_jobs where state = 'completed'").await == 205
+    })
+    .await;
+    assert_eq!(value::<i64>(&sql, "select max(version) from cursors").await, 5);
+    assert_eq!(value::<i64>(&sql, "select sum(losses)::bigint from finished_jobs").await, 0, "nothing was lost");
+    node.drain().await.unwrap();
+}
