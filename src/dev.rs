@@ -251,9 +251,17 @@ fn give_to(path: &Path, user: Option<Account>) -> Result<()> {
     Ok(())
 }
 
+/// A port that nobody uses, below those that systems give to outgoing connections: while the server is down,
+/// nobody gets it by chance.
 fn free_port() -> Result<u16> {
-    let probe = std::net::TcpListener::bind("127.0.0.1:0").map_err(|e| Error::io("127.0.0.1", e))?;
-    probe.local_addr().map(|address| address.port()).map_err(|e| Error::io("127.0.0.1", e))
+    let mut last = None;
+    for _ in 0..100 {
+        match std::net::TcpListener::bind(("127.0.0.1", rand::random_range(20_000..32_000))) {
+            Ok(probe) => return probe.local_addr().map(|a| a.port()).map_err(|e| Error::io("127.0.0.1", e)),
+            Err(error) => last = Some(error),
+        }
+    }
+    Err(Error::io("127.0.0.1: no free port", last.expect("a hundred were tried")))
 }
 
 /// What `pgcue dev` tells other programs about itself, as JSON.

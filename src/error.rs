@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use tokio_postgres::error::{DbError, Severity};
+
 /// The result of pgcue's fallible calls.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -105,7 +107,9 @@ impl Error {
             Error::Connect { .. } | Error::Deadline(_) | Error::ReadOnly => true,
             _ if self.is_read_only() => true,
             Error::Database(e) => {
+                let ended = |db: &DbError| matches!(db.parsed_severity(), Some(Severity::Fatal | Severity::Panic));
                 e.is_closed()
+                    || e.as_db_error().is_some_and(ended)
                     || e.code().is_none_or(|code| {
                         // serialization, deadlock, lock timeout; connection, resources, operator, system.
                         ["40001", "40P01", "55P03"].contains(&code.code())

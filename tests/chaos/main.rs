@@ -15,6 +15,7 @@ mod server;
 mod world;
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Parser;
 use futures_util::future::LocalBoxFuture;
@@ -102,7 +103,9 @@ fn main() -> ExitCode {
         }
         Trial::test(name, move || {
             let begin = std::time::Instant::now();
-            actix_rt::System::new().block_on(scenario(seed));
+            let limit = Duration::from_secs_f64(300.0 + minutes * 60.0);
+            let run = async { tokio::time::timeout(limit, scenario(seed)).await.expect("it ends in time") };
+            actix_rt::System::new().block_on(run);
             println!("{name}: {:.1} s", begin.elapsed().as_secs_f64());
             Ok(())
         })

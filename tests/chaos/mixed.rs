@@ -1,6 +1,6 @@
 //! Faults of every sort, drawn at random, one after the other, under a steady load: the long form.
 //!
-//! After each fault is healed, the time is measured until jobs finish at 90% of the rate of before. `pgcue verify`
+//! After each fault the time is measured until jobs finish at 90% of the rate of the beginning. `pgcue verify`
 //! must find nothing while jobs run, and in the end every promise is checked over all that happened.
 
 use std::collections::BTreeMap;
@@ -8,12 +8,12 @@ use std::time::{Duration, Instant};
 
 use rand::RngExt;
 use rand::seq::IndexedRandom;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 
 use crate::load::Habits;
 use crate::node::{Act, Args, Work};
 use crate::proxy::Weather;
-use crate::world::World;
+use crate::world::{LEASE, World};
 use pgcue::Task;
 
 /// Jobs must finish at 90% of the rate of before, this long after a fault was healed.
@@ -74,27 +74,31 @@ pub async fn mixed(seed: u64, minutes: f64, nodes: usize) {
     let end = Instant::now() + Duration::from_secs_f64(minutes * 60.0);
     let calm = Duration::from_secs_f64((minutes * 6.0).clamp(1.0, 4.0));
     let mut tallies: BTreeMap<Fault, Tally> = BTreeMap::new();
-    world.progress(100).await;
+    world.progress(1000).await;
+    let (enqueued, finished) = rates(&world, 2 * calm).await;
+    // Producers decide how much there is to do; a backlog that is worked off says nothing.
+    let wanted = enqueued.min(finished) * 0.9;
+    assert!(wanted > 100.0, "there must be load: {enqueued:.0} jobs/s");
+    let mut poisoned = 0;
     while Instant::now() < end || tallies.is_empty() {
-        let (enqueued, finished) = rates(&world, calm).await;
+        tokio::time::sleep(calm).await;
         let fault = *FAULTS.choose(&mut world.random).expect("there are faults");
         let name = format!("{fault:?}");
+        poisoned += i64::from(fault == Fault::NodePoisoned);
         world.breaks(&name);
         inject(&mut world, fault, calm).await;
+        let healed = Instant::now();
         for number in 0..nodes {
             if !world.is_alive(number) {
                 world.restart(number, &[]).await;
             }
         }
         world.heals(&name);
-        let healed = Instant::now();
-        // A backlog that is worked off says nothing of what the nodes are asked for.
-        let wanted = enqueued.min(finished) * 0.9;
-        while rates(&world, Duration::from_secs(1)).await.1 < wanted {
-            assert!(
-                healed.elapsed() < RECOVERY,
-                "seed {seed}: {fault:?} is not recovered from: below {wanted:.0} jobs/s"
-            );
+        while rates(&world, calm).await.1 < wanted {
+            assert!(healed.elapsed() < RECOVERY, "seed {seed}: {fault:?}: fewer than {wanted:.0} jobs/s finish");
+        }
+        for number in 0..nodes {
+            assert!(world.has_lease(number).await, "seed {seed}: {fault:?}: node {number} has no lease");
         }
         let offences = world.store.verify().await.unwrap();
         assert!(offences.is_empty(), "seed {seed}: after {fault:?}: {offences:?}");
@@ -103,6 +107,8 @@ pub async fn mixed(seed: u64, minutes: f64, nodes: usize) {
         tally.slowest = tally.slowest.max(healed.elapsed());
     }
     let checked = world.check().await;
+    // Killed three times while it ran alone: possible, rare, and said.
+    assert!(checked.quarantined <= poisoned + checked.finished / 100_000, "{} set aside", checked.quarantined);
     println!("| fault | times | slowest recovery |\n|---|---|---|");
     for (fault, tally) in &tallies {
         println!("| {fault:?} | {} | {:.1} s |", tally.times, tally.slowest.as_secs_f64());
@@ -142,7 +148,7 @@ async fn inject(world: &mut World, fault: Fault, time: Duration) {
         Fault::NodeKilled => world.kill(node),
         Fault::NodeStopped => {
             world.signal(node, Signal::STOP);
-            world.pass(2 * ms).await;
+            tokio::time::sleep(LEASE + time).await;
             world.signal(node, Signal::CONT);
         }
         Fault::NodePoisoned => {
@@ -171,15 +177,7 @@ async fn inject(world: &mut World, fault: Fault, time: Duration) {
             world.pass(ms / 2).await;
             world.control(["start"]).await;
         }
-        Fault::BackendKilled => {
-            let pid = format!("select pid::bigint from pg_stat_activity where {nodes} limit 1");
-            let pid = Pid::from_raw(world.count(&pid).await as i32);
-            kill_process(pid.expect("a node has a session"), Signal::KILL).expect("the backend lives");
-            tokio::time::sleep(Duration::from_millis(200)).await;
-            world
-                .eventually("the server is back", || async { crate::world::try_connect(&world.url()).await.is_ok() })
-                .await;
-        }
+        Fault::BackendKilled => world.kill_a_backend().await,
         Fault::SessionsTerminated => {
             let terminate = format!(
                 "select count(pg_terminate_backend(pid)) from pg_stat_activity where {nodes} or application_name = 'producer'"

@@ -134,7 +134,11 @@ async fn poison(seed: u64, act: Act, cursor: bool) {
     world.heals("poison");
     let completed = world.count("select count(*) from pgcue.finished_jobs where state = 'completed'").await;
     let why = "select count(*) from pgcue.finished_jobs where state = 'lost' and losses = 3 and payload->>'key' = '30'";
-    assert_eq!((completed, world.count(why).await, deaths), (59, 1, 3));
+    assert_eq!((completed, world.count(why).await), (59, 1));
+    assert!(
+        (2..=4).contains(&deaths),
+        "three nodes, unless a machine is so slow that leases end by themselves: {deaths}"
+    );
     let checked = world.check().await;
     assert_eq!(checked.quarantined, 1);
 }
@@ -154,7 +158,7 @@ pub async fn a_thread_is_blocked(seed: u64) {
     let mut world = World::new(seed).await;
     let slots = [CALM[0], ("PGCUE_QUEUES__DEFAULT__SLOTS", "4"), ("PGCUE_QUEUES__DEFAULT__THREADS", "2")];
     world.node(&slots).await;
-    let blocks = Work(Args { key: "blocks".into(), ms: 4000, act: Act::Block });
+    let blocks = Work(Args { key: "blocks".into(), ms: 15_000, act: Act::Block });
     let blocks = blocks.job().timeout(Duration::from_millis(300)).max_attempts(1);
     let blocked = world.enqueue("blocks", blocks).await;
     for n in 0..200 {
@@ -163,7 +167,7 @@ pub async fn a_thread_is_blocked(seed: u64) {
     }
     let settled = format!(
         "select count(*) from pgcue.finished_jobs where id = {blocked} and error like 'blocked its thread%'
-           and finished_at < started_at + interval '3.9 s'"
+           and finished_at < started_at + interval '14 s'"
     );
     world.eventually("it is given up while it blocks", || async { world.count(&settled).await == 1 }).await;
     let checked = world.check().await;

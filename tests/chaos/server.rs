@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 
 use pgcue::dev::PrivateServer;
 use rand::RngExt;
-use rustix::process::{Pid, Signal, kill_process};
 use tokio_postgres::error::SqlState;
 
 use crate::load::Habits;
@@ -43,12 +42,8 @@ pub async fn a_backend_is_killed(seed: u64) {
     world.nodes(2, &[]).await;
     world.load(Habits::default());
     world.progress(100).await;
-    let pid =
-        world.count("select pid::bigint from pg_stat_activity where application_name like 'pgcue%' limit 1").await;
     world.breaks("SIGKILL to a backend");
-    kill_process(Pid::from_raw(pid as i32).unwrap(), Signal::KILL).unwrap();
-    tokio::time::sleep(Duration::from_millis(100)).await;
-    world.eventually("the server is back", || async { try_connect(&world.url()).await.is_ok() }).await;
+    world.kill_a_backend().await;
     world.heals("SIGKILL to a backend");
     world.progress(100).await;
     world.check().await;
@@ -98,6 +93,8 @@ pub async fn connections_run_out(seed: u64) {
             }
         }
     }
+    let noticed = (0..2).any(|number| world.log(number).contains("too many clients"));
+    assert!(noticed, "a node must have met it");
     drop((hogs, sql));
     world.heals("no connections");
     world.progress(100).await;
@@ -339,6 +336,8 @@ pub async fn a_snapshot_is_pinned(seed: u64) {
     pin.batch_execute("begin isolation level repeatable read; select count(*) from pgcue.jobs").await.unwrap();
     world.load(Habits { ms: 0, ..Habits::default() });
     world.progress(3000).await;
+    let dead = "select n_dead_tup from pg_stat_user_tables where schemaname = 'pgcue' and relname = 'jobs'";
+    world.eventually("dead rows pile up", || async { world.count(dead).await > 3000 }).await;
     pin.batch_execute("commit").await.unwrap();
     let checked = world.check().await;
     assert_eq!((checked.lost, checked.refused()), (0, 0));

@@ -114,9 +114,31 @@ impl World {
         connect(&self.url()).await
     }
 
-    /// One number.
+    /// One number. While the server is away, it is waited for.
     pub async fn count(&self, query: &str) -> i64 {
-        self.sql().await.query_one(query, &[]).await.unwrap_or_else(|e| panic!("{query}: {e:?}")).get(0)
+        let begin = Instant::now();
+        loop {
+            match self.try_count(query).await {
+                Ok(count) => return count,
+                Err(error) => assert!(error.is_transient() && begin.elapsed() < PATIENCE, "{query}: {error}"),
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    async fn try_count(&self, query: &str) -> pgcue::Result<i64> {
+        Ok(try_connect(&self.url()).await?.query_one(query, &[]).await?.get(0))
+    }
+
+    /// SIGKILL to the backend of one of the nodes' sessions, and wait until the server has recovered.
+    pub async fn kill_a_backend(&self) {
+        let pid = "select coalesce(min(pid), 0)::bigint from pg_stat_activity where application_name like 'pgcue%'";
+        let pid = self.count(pid).await;
+        let killed = kill_process(Pid::from_raw(pid as i32).expect("a node has a session"), Signal::KILL);
+        let gone = format!("select count(*) from pg_stat_activity where pid = {pid}");
+        let recovered = || async { self.try_count(&gone).await.is_ok_and(|sessions| sessions == 0) };
+        assert!(killed.is_ok() || recovered().await, "{killed:?}");
+        self.eventually("the server recovers", recovered).await;
     }
 
     /// Start a node that connects through the proxy, and wait until it has its lease.
