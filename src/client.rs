@@ -3,6 +3,7 @@
 
 use std::fmt::Write;
 
+use deadpool_postgres::Object;
 use futures_util::SinkExt;
 use jiff::Timestamp;
 use serde_json::value::RawValue;
@@ -100,17 +101,18 @@ impl Client {
 
     /// Enqueue one job.
     pub async fn enqueue(&self, job: impl Into<NewJob>) -> Result<Enqueued> {
-        let connection = self.store.connection().await?;
-        self.within(&connection).enqueue(job).await
+        self.store.on_connection(async |connection| self.within(&*connection).enqueue(job).await).await
     }
 
     /// Enqueue many jobs, all or none; what became of each, in order.
     pub async fn enqueue_many(&self, jobs: impl IntoIterator<Item = impl Into<NewJob>>) -> Result<Vec<Enqueued>> {
-        let mut connection = self.store.connection().await?;
-        let transaction = connection.transaction().await?;
-        let enqueued = self.within(&transaction).enqueue_many(jobs).await?;
-        transaction.commit().await?;
-        Ok(enqueued)
+        let act = async |connection: &mut Object| {
+            let transaction = connection.transaction().await?;
+            let enqueued = self.within(&transaction).enqueue_many(jobs).await?;
+            transaction.commit().await?;
+            Ok(enqueued)
+        };
+        self.store.on_connection(act).await
     }
 
     /// See [`Within::collapse_with`].
@@ -119,17 +121,18 @@ impl Client {
         job: impl Into<NewJob>,
         resolve: impl FnOnce(T, T) -> T,
     ) -> Result<Enqueued> {
-        let mut connection = self.store.connection().await?;
-        let transaction = connection.transaction().await?;
-        let enqueued = self.within(&transaction).collapse_with(job, resolve).await?;
-        transaction.commit().await?;
-        Ok(enqueued)
+        let act = async |connection: &mut Object| {
+            let transaction = connection.transaction().await?;
+            let enqueued = self.within(&transaction).collapse_with(job, resolve).await?;
+            transaction.commit().await?;
+            Ok(enqueued)
+        };
+        self.store.on_connection(act).await
     }
 
     /// Enqueue any number of jobs by COPY, the fastest way; all or none. Returns how many.
     pub async fn copy(&self, jobs: impl IntoIterator<Item = Result<NewJob>>) -> Result<u64> {
-        let connection = self.store.connection().await?;
-        self.within(&connection).copy(jobs).await
+        self.store.on_connection(async |connection| self.within(&*connection).copy(jobs).await).await
     }
 }
 

@@ -33,7 +33,7 @@ pub struct Config {
     pub listen: bool,
     /// How often an idle node looks without having been notified.
     pub poll: Duration,
-    /// How many connections the node may hold besides the listener's.
+    /// How many connections the node may hold besides the listener's and the heartbeat's.
     pub connections: usize,
     /// Keep a sticky actor at most this long after its cursor's last job.
     pub sticky_idle: Duration,

@@ -120,6 +120,13 @@ impl Error {
         }
     }
 
+    /// True if the database cannot take what it was given, whoever tries and whenever.
+    pub(crate) fn is_of_data(&self) -> bool {
+        // data exception, constraint, too large, raised by a trigger
+        matches!(self, Error::Database(e) if e.code().is_some_and(|code|
+            ["22", "23", "54", "P0"].iter().any(|class| code.code().starts_with(class))))
+    }
+
     /// True if the database said that the lease of the call has ended.
     pub fn is_lease_ended(&self) -> bool {
         self.has_code("PQ001")

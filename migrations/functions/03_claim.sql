@@ -203,13 +203,16 @@ begin
         select * from cursors c where c.queue = claim_lanes.queue and c.key = o.key order by c.turn desc limit 1
       ) c;
   end if;
-  -- Asking for a value's size does not read it. least: a row that was written by hand must not stop the line.
+  -- Asking for the size of a column does not read it; a small one may be a large value, well compressed.
+  -- least: a row that was written by hand must not stop the line.
   return query
     update jobs j set token = claim_lanes.token, attempt = least(attempt, 32766) + 1, started_at = cutoff, collapse_key = null
     from unnest(chosen) t(tid)
     where j.ctid = t.tid
     returning null::smallint, null::bigint, null::boolean, null::boolean, j.id, j.ctid, j.kind,
-      case when octet_length(j.payload::text) > claim_lanes.max_inline then null else j.payload end, j.attempt, j.max_attempts,
+      case when pg_column_size(j.payload) > claim_lanes.max_inline
+          or pg_column_size(j.payload) > 1000 and octet_length(j.payload::text) > claim_lanes.max_inline
+        then null else j.payload end, j.attempt, j.max_attempts,
       (extract(epoch from j.timeout) * 1000)::bigint, j.headers,
       (extract(epoch from cutoff - greatest(j.run_at, j.created_at)) * 1000)::float8, j.on_retry, j.on_failure,
       j.cursor_key, null::json, null::bigint, null::bigint;

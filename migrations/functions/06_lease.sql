@@ -92,15 +92,17 @@ begin
   end if;
 end $$;
 
--- A node leaves: everything it still holds goes back, then its lease ends. The lease is locked first, as by the
--- reaper: a claim in flight, whose answer the node gave up, ends before or finds no lease.
+-- A node leaves: everything it still holds goes back, then its lease ends. The lease is marked dead first, as by
+-- the reaper: a claim in flight, whose answer the node gave up, ends before or finds no lease.
 create or replace function end_lease(lease bigint) returns int
 language plpgsql set search_path from current as $$
 #variable_conflict use_column
 declare
   moved int;
 begin
-  perform from leases l where l.id = end_lease.lease for update;
+  perform require_read_committed();
+  perform from leases l where l.id = end_lease.lease for update; -- an update alone would not wait for claims
+  update leases l set dead_at = coalesce(l.dead_at, clock_timestamp()) where l.id = end_lease.lease;
   moved := coalesce((select sum((give_back(c.token, 'release')).moved) from claims c where c.lease = end_lease.lease), 0);
   delete from leases l where l.id = end_lease.lease
     and not exists (select from claims c where c.lease = end_lease.lease);

@@ -324,6 +324,7 @@ declare
   day date;
   name text;
   ahead int := 0;
+  whole boolean := true;
 begin
   if keep_days between 0 and 36500 is not true then
     perform refuse('keep_days', keep_days::text, '0 to 36500');
@@ -355,10 +356,11 @@ begin
       execute format('alter table finished_jobs detach partition %I', name);
       execute format('drop table %I', name);
     exception when lock_not_available then
+      whole := false;
       exit;
     end;
   end loop;
-  if keep_days > 0 then
+  if keep_days > 0 and whole then
     delete from finished_jobs_default where finished_at < (today - keep_days)::timestamptz;
   end if;
   delete from lanes a using lanes b where a.queue = b.queue and a.priority = b.priority and a.ctid > b.ctid;

@@ -171,6 +171,7 @@ language plpgsql set search_path from current set lock_timeout = '10s' as $$
 declare
   cursor cursors;
   done boolean := false;
+  moved int := 0;
 begin
   perform require_read_committed();
   if repair.cursor_key is not null then
@@ -207,8 +208,11 @@ begin
     ), lists as (
       select array_agg(l.tid) as tids, array_agg(l.id) as ids, array_agg(l.token) as tokens, count(*)::int as n from lost l
     )
-    select cardinality(b.done) > 0 into done
+    select coalesce(cardinality(b.done), 0) into moved
       from lists l cross join lateral put_back(l.tids, l.ids, l.tokens, array_fill('release'::text, array[l.n]), null, null) b;
+    done := moved > 0;
+    update claims k set open = k.open - moved where k.token = repair.token;
+    delete from claims k where k.token = repair.token and k.open <= 0;
     update cursors c set owner = null, turn = c.turn + 1
       where done and c.queue = cursor.queue and c.key = cursor.key and c.owner = repair.token;
   when 'recount' then
@@ -231,7 +235,7 @@ begin
     perform reap();
     done := not exists (select from leases l where l.id = repair.token);
   when 'pass on' then
-    done := cursor.owner is null and cursor.halted_at is null and 'blocked' = (
+    done := cursor.key is not null and cursor.owner is null and cursor.halted_at is null and 'blocked' = (
       select h.stage from (
         (select j.stage from jobs j where j.id = cursor.hold)
         union all

@@ -117,7 +117,7 @@ fn settle_all<'a>(store: &'a Store, mut batch: Vec<EndedRun>, lease: &'a Lease) 
                     batch.iter().flat_map(|run| &run.jobs).for_each(|job| lease.settled(job.token));
                     return refused;
                 }
-                Err(error) if error.is_transient() => {
+                Err(error) if error.is_transient() || !error.is_of_data() => {
                     tracing::warn!(%error, jobs = jobs(&batch), "settle failed; it is tried again");
                     tokio::time::sleep(pause.mul_f64(0.5 + rand::random::<f64>())).await;
                     pause = (pause * 2).min(Duration::from_secs(2));
@@ -133,7 +133,9 @@ fn settle_all<'a>(store: &'a Store, mut batch: Vec<EndedRun>, lease: &'a Lease) 
         let why = format!("what it left cannot be stored: {error}");
         let verdict = Verdict { outcome: Settled::Failed, error: Some(why), ..Default::default() };
         if batch[0].jobs.iter().filter(|job| job.verdict.outcome.is_final()).all(|job| job.verdict == verdict) {
-            return jobs(&batch); // not even that: the lease will run out
+            // Not even that: the heartbeat gives back what the node no longer knows of.
+            batch.iter().flat_map(|run| &run.jobs).for_each(|job| lease.settled(job.token));
+            return jobs(&batch);
         }
         for run in &mut batch {
             // Not whole: what its actor remembers is not what is stored.

@@ -13,12 +13,17 @@ use crate::metrics::Metrics;
 use crate::record;
 use crate::store::{NodeInfo, Store};
 
+/// A heartbeat that failed is sent again after this.
+const AGAIN: Duration = Duration::from_millis(100);
+
 /// Begins the node's lease and extends it three times per period. It counts the time from *sending*
 /// the last heartbeat that was answered; when two thirds of the period have passed without one, it
 /// declares the lease lost, so that work stops before the reaper acts. A lost lease is never taken up
 /// again: the node begins a new one as soon as the database answers.
 pub(crate) struct LeaseKeeper {
     store: Store,
+    /// For heartbeats alone: they wait for nobody.
+    own: Store,
     lease: Lease,
     node: NodeInfo,
     ttl: Duration,
@@ -26,6 +31,7 @@ pub(crate) struct LeaseKeeper {
     bell: Bell,
     pools: Vec<Addr<WorkerPool>>,
     beating: bool,
+    ending: bool,
 }
 
 /// What a heartbeat came to.
@@ -52,11 +58,23 @@ impl LeaseKeeper {
         let asked = since_boot();
         let lease = Lease::default();
         let id = draw();
-        store.begin_lease(id, &node, ttl).await?;
+        let own = store.apart();
+        own.begin_lease(id, &node, ttl).await?;
         tracing::trace!(target: record::TARGET, event = "lease_begun", lease = id);
         lease.confirmed(asked, ttl);
         lease.begun(id);
-        Ok(LeaseKeeper { store, lease, node, ttl, metrics, bell, pools: Vec::new(), beating: false })
+        Ok(LeaseKeeper {
+            store,
+            own,
+            lease,
+            node,
+            ttl,
+            metrics,
+            bell,
+            pools: Vec::new(),
+            beating: false,
+            ending: false,
+        })
     }
 
     pub(crate) fn lease(&self) -> Lease {
@@ -70,18 +88,19 @@ impl LeaseKeeper {
     }
 
     fn beat(&mut self, ctx: &mut Context<Self>) {
-        if self.beating {
+        if self.beating || self.ending {
             return;
         }
         self.beating = true;
         let sent = since_boot();
-        let (store, lease, node, ttl) = (self.store.clone(), self.lease.clone(), self.node.clone(), self.ttl);
+        let (store, own) = (self.store.clone(), self.own.clone());
+        let (lease, node, ttl) = (self.lease.clone(), self.node.clone(), self.ttl);
         let beat = async move {
             let Some(id) = lease.id() else {
                 let id = draw();
-                return store.begin_lease(id, &node, ttl).await.map(|()| Beat::Begun(id));
+                return own.begin_lease(id, &node, ttl).await.map(|()| Beat::Begun(id));
             };
-            let extended = store.extend(id, ttl).await?;
+            let extended = own.extend(id, ttl).await?;
             if lease.id() != Some(id) {
                 return Ok(Beat::Late);
             }
@@ -100,9 +119,10 @@ impl LeaseKeeper {
             }
             Ok(Beat::Kept { id, cancelled: extended.cancelled })
         };
-        ctx.spawn(beat.into_actor(self).map(move |beat, keeper, _| {
+        ctx.spawn(beat.into_actor(self).map(move |beat, keeper, ctx| {
             keeper.beating = false;
             match beat {
+                _ if keeper.ending => {}
                 Ok(Beat::Begun(id)) => {
                     tracing::info!(lease = id, "began a new lease");
                     tracing::trace!(target: record::TARGET, event = "lease_begun", lease = id);
@@ -120,13 +140,16 @@ impl LeaseKeeper {
                 }
                 Ok(Beat::Late) => {}
                 Ok(Beat::Ended) => keeper.lose("the reaper ended it"),
-                Err(error) => tracing::warn!(%error, "heartbeat failed"),
+                Err(error) => {
+                    tracing::warn!(%error, "heartbeat failed");
+                    ctx.run_later(AGAIN, |keeper, ctx| keeper.beat(ctx));
+                }
             }
         }));
     }
 
     fn watch(&mut self) {
-        if self.lease.id().is_some() && self.lease.is_overdue() {
+        if self.lease.id().is_some() && self.lease.is_overdue() && !self.ending {
             self.lose("no heartbeat was answered for two thirds of its time");
         }
     }
@@ -158,7 +181,7 @@ impl Handler<EndLease> for LeaseKeeper {
     type Result = ResponseActFuture<Self, bool>;
 
     fn handle(&mut self, _: EndLease, _: &mut Self::Context) -> Self::Result {
-        self.beating = true; // no more heartbeats
+        self.ending = true; // no more heartbeats
         let (store, lease) = (self.store.clone(), self.lease.clone());
         let end = async move {
             let Some(id) = lease.id() else { return true };

@@ -1,9 +1,8 @@
 //! The reaper: takes back what dead nodes held. Every node has one; any number may run at once.
 //!
-//! It makes a pass on each tick, if and only if it has been in touch with the database, without a
-//! failed call and without a jump of the database's clock, for one lease period: after an outage all
-//! leases look expired, and their nodes need the time to say that they live. What ends a lease is
-//! decided in SQL (`reap`), on the database's clock alone.
+//! It makes a pass on each tick, unless a pass has failed within the last lease period: after an outage all
+//! leases look expired, and their nodes need the time to say that they live. What ends a lease is decided in SQL
+//! (`reap`), on the database's clock alone; after a restart of the server it waits as long.
 
 use std::time::{Duration, Instant};
 

@@ -17,6 +17,7 @@ use super::sticky::Sticky;
 use super::supervisor::{Handlers, Runners};
 use crate::lifecycle::{End, Settled, judge};
 use crate::metrics::Metrics;
+use crate::outcome::JobError;
 use crate::record;
 use crate::retry::RetryPolicy;
 use crate::store::{ClaimedJob, ClaimedRun, EndedRun, Store};
@@ -186,54 +187,61 @@ async fn work(shared: Arc<Shared>, current: Arc<Current>) {
     }
 }
 
-/// The job's payload, which a claim leaves behind if it is large. Outages are waited for: afterwards the
-/// job may belong to somebody else.
-async fn payload(job: &mut ClaimedJob, store: &Store) -> Result<Box<str>, End> {
+/// The job's payload, which a claim leaves behind if it is large. Outages are waited for, as long as the job is
+/// ours and its timeout allows.
+async fn payload(job: &mut ClaimedJob, tools: &Tools, limit: Duration) -> Result<Box<str>, End> {
     if let Some(payload) = job.payload.take() {
         return Ok(payload);
     }
-    loop {
-        match store.running_payload(job.meta.id, job.token).await {
+    let begin = Instant::now();
+    while tools.lease.covers(job.token) {
+        match tools.store.running_payload(job.meta.id, job.token).await {
             Ok(payload) => return payload.ok_or(End::Released),
-            Err(error) if error.is_transient() => {
+            Err(error) if begin.elapsed() > limit => {
+                return Err(End::Returned(Err(JobError::new(format!("its payload cannot be read: {error}")))));
+            }
+            Err(error) => {
                 tracing::warn!(%error, job = job.meta.id, "a payload cannot be read; it is tried again");
                 tokio::time::sleep(FETCH_PAUSE.mul_f64(0.5 + rand::random::<f64>())).await;
             }
-            Err(error) => return Err(End::Rejected(format!("it cannot be read: {error}"))),
         }
     }
+    Err(End::Released)
 }
 
 /// Make the attempts of one run. None if the pool took the attempt away.
 async fn execute(run: ClaimedRun, shared: &Shared, current: &Current, runners: &mut Runners) -> Option<EndedRun> {
+    let tools = &shared.tools;
     runners.enter(run.cursor.as_ref());
     let mut run = Progress::begin(run, &shared.queue);
     while let Some(mut job) = run.next() {
-        // Cancelled, or taken back, before it started; or somebody else may run it by now.
-        let taken_back = job.meta.cancelled.is_cancelled() || !shared.tools.lease.covers(job.token);
-        let payload = if taken_back { Err(End::Released) } else { payload(&mut job, &shared.tools.store).await };
-        let payload = match payload {
-            Ok(payload) => payload,
-            Err(end) => match run.ended(job, end, None, &shared.tools.handlers) {
-                true => continue,
-                false => break,
-            },
-        };
-        let meta = job.meta.clone();
-        let limit = shared.tools.handlers.limit(&job);
-        let span =
-            tracing::info_span!("job", id = meta.id, kind = &*meta.kind, queue = &*meta.queue, attempt = meta.attempt);
-        let started = Instant::now();
-        tracing::trace!(target: record::TARGET, event = "started", job = meta.id, attempt = meta.attempt, token = job.token);
+        let limit = tools.handlers.limit(&job);
+        let payload = payload(&mut job, tools, limit).await;
+        let (meta, token, started) = (job.meta.clone(), job.token, Instant::now());
+        // From here on, whoever takes jobs back finds this one in its slot; so look only now if somebody has: it is
+        // cancelled, or its claim is not ours any more.
         current.set(Attempt { job, started, limit, run });
-        let (end, rebuilt) = runners.attempt(&payload, meta, limit).instrument(span).await;
+        let ours = !meta.cancelled.is_cancelled() && tools.lease.covers(token);
+        let (end, rebuilt, made) = match payload {
+            Ok(payload) if ours => {
+                let (id, attempt) = (meta.id, meta.attempt);
+                tracing::trace!(target: record::TARGET, event = "started", job = id, attempt, token);
+                let span = tracing::info_span!("job", id, kind = &*meta.kind, queue = &*meta.queue, attempt);
+                let (end, rebuilt) = runners.attempt(&payload, meta, limit).instrument(span).await;
+                (end, rebuilt, true)
+            }
+            Ok(_) => (End::Released, None, false),
+            Err(end) => (end, None, false),
+        };
         let attempt = current.take_if(|_| true)?;
         if let Some(cause) = rebuilt {
-            shared.tools.metrics.rebuilt.with_label_values(&[&*shared.queue, cause]).inc();
+            tools.metrics.rebuilt.with_label_values(&[&*shared.queue, cause]).inc();
         }
         run = attempt.run;
-        shared.ran(started.elapsed());
-        let goes_on = run.ended(attempt.job, end, Some(started), &shared.tools.handlers);
+        if made {
+            shared.ran(started.elapsed());
+        }
+        let goes_on = run.ended(attempt.job, end, made.then_some(started), &tools.handlers);
         if !run.completed() {
             runners.doubt();
         }
@@ -242,5 +250,5 @@ async fn execute(run: ClaimedRun, shared: &Shared, current: &Current, runners: &
         }
     }
     runners.leave();
-    Some(run.finish(&shared.tools.handlers))
+    Some(run.finish(&tools.handlers))
 }

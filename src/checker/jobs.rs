@@ -6,6 +6,9 @@ use super::{Attempt, Attempts, Findings, Rule, told};
 use crate::record::{Entry, Event, Fate};
 use crate::store::FinishedJob;
 
+/// A call that a process did not live to hear of, or to give up, had begun less than this before its end.
+const UNHEARD: u64 = 20_000_000_000;
+
 /// What producers enqueued is in the history, and nothing else.
 pub(super) fn enqueued(record: &[Entry], history: &[FinishedJob], found: &mut Findings) {
     let mut by_key: HashMap<&str, Vec<i64>> = HashMap::new();
@@ -93,8 +96,11 @@ fn fenced(job: &FinishedJob, made: &[Attempt], found: &mut Findings) {
 fn explained(id: i64, made: &[Attempt], processes: &HashMap<u32, Process>, found: &mut Findings) {
     for (n, attempt) in made.iter().enumerate().filter(|(_, attempt)| !attempt.counts()) {
         let process = &processes[&attempt.process];
-        let went_silent =
-            made.get(n + 1).is_none_or(|next| process.last_seen < next.began) && attempt.settled.is_none();
+        let until = match made.get(n + 1) {
+            Some(next) => next.began,
+            None => attempt.ended.as_ref().map_or(u64::MAX, |(at, _)| at + UNHEARD),
+        };
+        let went_silent = attempt.settled.is_none() && process.last_seen < until;
         let next_lease_event = process.leases.iter().find(|(at, _)| *at > attempt.began);
         let lost_its_lease = next_lease_event.is_some_and(|(_, lost)| *lost);
         if !attempt.unheard && !went_silent && !lost_its_lease {

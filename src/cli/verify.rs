@@ -31,7 +31,7 @@ impl Verify {
     pub(super) async fn run(self, common: &Common) -> Result<()> {
         let store = common.checked_client().await?.store().clone();
         let mut report = Report { repaired: Vec::new(), found: store.verify().await? };
-        while self.repair && mend(&store, &mut report).await? {
+        while self.repair && mend(&store, &mut report).await {
             report.found = store.verify().await?;
         }
         if self.json {
@@ -48,14 +48,19 @@ impl Verify {
 
 /// Repair what was found; one repair may bring another offence to light. Never the same one twice, so that
 /// this ends. False if there was nothing to do.
-async fn mend(store: &Store, report: &mut Report) -> Result<bool> {
+async fn mend(store: &Store, report: &mut Report) -> bool {
     let before = report.repaired.len();
     for offence in &report.found {
-        if !report.repaired.contains(offence) && store.repair(offence).await? {
-            report.repaired.push(offence.clone());
+        if report.repaired.contains(offence) {
+            continue;
+        }
+        match store.repair(offence).await {
+            Ok(true) => report.repaired.push(offence.clone()),
+            Ok(false) => {}
+            Err(error) => eprintln!("pgcue: {} is not repaired: {error}", offence.rule), // it is found again
         }
     }
-    Ok(report.repaired.len() > before)
+    report.repaired.len() > before
 }
 
 impl Report {

@@ -14,6 +14,7 @@ use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
 use tokio_postgres::config::{Host, SslMode, TargetSessionAttrs};
 use tokio_postgres_rustls::MakeRustlsConnect;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::error::{Error, Fault, Result, with_causes};
 
@@ -95,7 +96,7 @@ impl Target {
     /// Ask the server to stop what a session does; it need not answer.
     pub fn cancel(&self, token: tokio_postgres::CancelToken) {
         let tls = self.tls.clone();
-        actix_rt::spawn(async move { drop(tokio::time::timeout(CONNECT_TIMEOUT, token.cancel_query(tls)).await) });
+        tokio::spawn(async move { drop(tokio::time::timeout(CONNECT_TIMEOUT, token.cancel_query(tls)).await) });
     }
 
     /// A failed connection as pgcue's error.
@@ -132,17 +133,29 @@ impl Connect for Home {
         &self,
         config: &tokio_postgres::Config,
     ) -> BoxFuture<'_, Result<(tokio_postgres::Client, JoinHandle<()>), tokio_postgres::Error>> {
+        let connect = open(config.clone(), self.tls.clone());
+        let Some(runtime) = self.runtime.clone() else { return connect.boxed() };
         let (config, tls) = (config.clone(), self.tls.clone());
-        let connect = async move {
-            let (client, connection) = config.connect(tls).await?;
-            // Why it ended is told to whoever waits for an answer.
-            Ok((client, tokio::spawn(async move { drop(connection.await) })))
-        };
-        match &self.runtime {
-            Some(runtime) => runtime.spawn(connect).map(|made| made.expect("connecting does not panic")).boxed(),
-            None => connect.boxed(),
+        async move {
+            // Dropped, it ends: whoever waits no longer leaves no half-made connection.
+            match AbortOnDropHandle::new(runtime.spawn(connect)).await {
+                Ok(made) => made,
+                // That runtime has ended; this one has not.
+                Err(_) => open(config, tls).await,
+            }
         }
+        .boxed()
     }
+}
+
+/// Connect, and drive the connection on this runtime.
+async fn open(
+    config: tokio_postgres::Config,
+    tls: MakeRustlsConnect,
+) -> Result<(tokio_postgres::Client, JoinHandle<()>), tokio_postgres::Error> {
+    let (client, connection) = config.connect(tls).await?;
+    // Why it ended is told to whoever waits for an answer.
+    Ok((client, tokio::spawn(async move { drop(connection.await) })))
 }
 
 impl std::fmt::Display for Target {

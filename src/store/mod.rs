@@ -1,7 +1,7 @@
 //! The only place that speaks SQL: one method a verb, each one call of the SQL protocol.
 //!
-//! Every call has a deadline. One that runs out closes its connection, because nobody knows what the
-//! server is still doing on it.
+//! Every call of a node has a deadline. One that runs out closes its connection, because nobody knows what the
+//! server is still doing on it. What enqueues, migrates or reads the whole history takes its time.
 
 mod connect;
 mod history;
@@ -12,7 +12,7 @@ mod rows;
 mod tid;
 mod verify;
 
-use std::ops::AsyncFn;
+use std::ops::{AsyncFn, AsyncFnOnce};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -37,9 +37,34 @@ const DEADLINE: Duration = Duration::from_secs(15);
 /// A claim brings no larger payload, in bytes: it stays where it is until a slot is free for its job.
 const MAX_INLINE: i32 = 32 << 10;
 
-/// The deadline of what keeps a lease of `ttl`: there must be time for another attempt.
+/// The deadline of what keeps a lease of `ttl`. A heartbeat is sent every third of it and the lease given up after
+/// two thirds: there is time for another attempt.
 fn soon(ttl: Duration) -> Duration {
-    DEADLINE.min(ttl / 3)
+    DEADLINE.min(ttl / 6)
+}
+
+/// A connection that a call is made on. If the call does not come to its end, nobody knows what the server is still
+/// doing on it: then it is closed, and never used again.
+struct InFlight(Option<Object>);
+
+impl InFlight {
+    fn client(&self) -> &Client {
+        self.0.as_ref().expect("it is there until it lands")
+    }
+
+    /// The call came to its end. If the server takes no writes any more the connection is closed all the same: the
+    /// next one is made to a primary, or refused.
+    fn land<T>(mut self, result: &Result<T>) {
+        if !result.as_ref().is_err_and(Error::is_read_only) {
+            drop(self.0.take());
+        }
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.take().map(Object::take);
+    }
 }
 
 /// A database with pgcue's schema in it. Cheap to clone.
@@ -119,9 +144,23 @@ impl Store {
         &self.inner.queries
     }
 
+    /// The same database over a connection of its own, which no other call ever takes.
+    pub(crate) fn apart(&self) -> Self {
+        let Inner { target, schema, .. } = &*self.inner;
+        Store::new(target.clone(), schema, 1)
+    }
+
     /// A connection of the pool.
     pub async fn connection(&self) -> Result<Object> {
         self.inner.pool.get().await.map_err(|e| self.inner.target.explain_pool(e))
+    }
+
+    /// Do something on a pooled connection, however long it takes.
+    pub(crate) async fn on_connection<T>(&self, act: impl AsyncFnOnce(&mut Object) -> Result<T>) -> Result<T> {
+        let mut in_flight = InFlight(Some(self.connection().await?));
+        let result = act(in_flight.0.as_mut().expect("it is there until it lands")).await;
+        in_flight.land(&result);
+        result
     }
 
     /// Run one call on a pooled connection, with the deadline.
@@ -135,18 +174,19 @@ impl Store {
         deadline: Duration,
         call: impl AsyncFn(&Client, &Queries) -> Result<T, tokio_postgres::Error>,
     ) -> Result<T> {
-        let late = |_| Error::Deadline(deadline);
-        let connection = tokio::time::timeout(deadline, self.connection()).await.map_err(late)??;
-        match tokio::time::timeout(deadline, self.isolated(&connection, &call)).await {
-            Ok(Err(error)) if error.is_read_only() => {
-                drop(Object::take(connection)); // the next one is made to a primary, or refused
-                Err(error)
-            }
+        let connection = std::cell::Cell::new(None);
+        let call = async {
+            let in_flight = InFlight(Some(self.connection().await?));
+            connection.set(Some(in_flight.client().cancel_token()));
+            let result = self.isolated(in_flight.client(), &call).await;
+            in_flight.land(&result);
+            result
+        };
+        match tokio::time::timeout(deadline, call).await {
             Ok(result) => result,
-            Err(elapsed) => {
-                let client = Object::take(connection);
-                self.inner.target.cancel(client.cancel_token());
-                Err(late(elapsed))
+            Err(_) => {
+                connection.take().into_iter().for_each(|token| self.inner.target.cancel(token));
+                Err(Error::Deadline(deadline))
             }
         }
     }

@@ -65,7 +65,10 @@ async fn a_record_that_does_not_fit_the_history_is_found() {
         ),
         (
             "an attempt that ended, and nobody was told",
-            &|record| drop(record.pop().filter(|last| matches!(last.event, Event::Settled { .. })).unwrap()),
+            &|record| {
+                let told = |entry: &Entry| matches!(&entry.event, Event::Settled { jobs, .. } if jobs == &[8]);
+                record.retain(|entry| !told(entry));
+            },
             Rule::Explained,
         ),
         (
