@@ -8,7 +8,7 @@ use super::bell::Bell;
 use super::lease::{Lease, draw, since_boot};
 use super::messages::{Cancel, Cause, EndLease, LeaseLost, Observe, Observed};
 use super::worker_pool::WorkerPool;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::metrics::Metrics;
 use crate::record;
 use crate::store::{NodeInfo, Store};
@@ -98,7 +98,9 @@ impl LeaseKeeper {
         let beat = async move {
             let Some(id) = lease.id() else {
                 let id = draw();
-                return own.begin_lease(id, &node, ttl).await.map(|()| Beat::Begun(id));
+                // Later than that the answer is of no use.
+                let begin = tokio::time::timeout(ttl * 2 / 3, own.begin_lease(id, &node, ttl)).await;
+                return begin.map_err(|_| Error::Deadline(ttl * 2 / 3))?.map(|()| Beat::Begun(id));
             };
             let extended = own.extend(id, ttl).await?;
             if lease.id() != Some(id) {

@@ -227,7 +227,7 @@ impl Store {
 
     /// Begin a lease of `ttl` for a node that serves these queues and kinds.
     pub async fn begin_lease(&self, lease: i64, node: &NodeInfo, ttl: Duration) -> Result<()> {
-        self.call_within(soon(ttl), async |c, q| {
+        self.call(async |c, q| {
             let ttl = ttl.as_secs_f64();
             c.query_typed(
                 &q.begin_lease,
