@@ -88,7 +88,9 @@ begin
       free.versions, free.versions, null, null, array_fill(false, array[coalesce(cardinality(free.keys), 0)]));
   end if;
   if stuck = 0 and give_back.key is null then
-    delete from claims c where c.token = give_back.token;
+    -- Not one that was committed only now, and none of whose jobs was seen.
+    delete from claims c where c.token = give_back.token
+      and not exists (select from jobs j where j.id = any(c.ids) and j.token = c.token);
   end if;
 end $$;
 

@@ -2,7 +2,7 @@
 //! promise was kept. Tests end with it, after faults were injected and healed and everything has drained; it
 //! also checks a live database whose jobs are at rest.
 //!
-//! What processes saw is a [record](crate::record); [`jobs`] is what is promised of every job, [`cursors`] what is
+//! What processes saw is a [record](crate::record); `jobs` is what is promised of every job, `cursors` what is
 //! promised of cursors. The rules read like the promises; each is checked by nothing but what is on record.
 
 mod cursors;

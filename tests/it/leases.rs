@@ -1,11 +1,12 @@
-//! A lease that its node gives up for lost, though the database would still accept it.
+//! Leases and claims that their node gives up for lost, though the database would still accept them.
 
 use std::time::Duration;
 
 use pgcue::{Config, Job, JobError, JobResult, Node, Outcome, Task};
 use serde::{Deserialize, Serialize};
 
-use crate::support::{database, eventually, value};
+use crate::guards::without;
+use crate::support::{database, eventually, somebody_waits, value};
 
 /// If so, runs until it is told to stop, the first time.
 #[derive(Serialize, Deserialize)]
@@ -21,6 +22,26 @@ async fn wait(job: Job<Wait>) -> JobResult {
         return Err(JobError::new("it was told to stop"));
     }
     Ok(Outcome::Complete)
+}
+
+/// A claim whose connection broke is given back while the server is still at it.
+#[actix::test]
+async fn a_claim_that_commits_while_it_is_given_back_keeps_its_row() {
+    let db = database().await;
+    let (sql, slow, gate) = (db.sql().await, db.sql().await, db.sql().await);
+    sql.batch_execute("select enqueue('noop'), begin_lease(1, 'tester', '1 h')").await.unwrap();
+    let look = "moved := cardinality(free.ids);";
+    without(&sql, "give_back", look, &format!("perform pg_advisory_xact_lock(5); {look}")).await;
+    gate.batch_execute("select pg_advisory_lock(5)").await.unwrap();
+    slow.batch_execute("begin; select claim_lanes(1, 7, 'default', null, 1, 1, '{}', '{}')").await.unwrap();
+    let (moved, ()) = tokio::join!(db.store.give_back(7), async {
+        somebody_waits(&gate).await;
+        slow.batch_execute("commit").await.unwrap();
+        gate.batch_execute("select pg_advisory_unlock(5)").await.unwrap();
+    });
+    assert_eq!(moved.unwrap(), 0, "there was nothing yet");
+    assert_eq!(db.store.verify().await.unwrap(), []);
+    assert_eq!(db.store.give_back(7).await.unwrap(), 1, "now there is");
 }
 
 #[actix::test]

@@ -148,6 +148,12 @@ pub async fn eventually<F: Future<Output = bool>>(what: &str, within: Duration, 
     }
 }
 
+/// Wait until a session waits for a lock.
+pub async fn somebody_waits(sql: &tokio_postgres::Client) {
+    let waits = "select exists (select from pg_locks where not granted and pid <> pg_backend_pid())";
+    eventually("a lock is waited for", Duration::from_secs(20), || async { value(sql, waits).await }).await;
+}
+
 /// One value of one row.
 pub async fn value<T: for<'a> tokio_postgres::types::FromSql<'a>>(sql: &tokio_postgres::Client, query: &str) -> T {
     sql.query_one(query, &[]).await.unwrap_or_else(|e| panic!("{query}: {e:?}")).get(0)

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::cli::run;
 use crate::guards::without;
-use crate::support::{Db, NodeProcess, database, eventually, jobs, value};
+use crate::support::{Db, NodeProcess, database, jobs, somebody_waits, value};
 
 /// A small world in the middle of its work:
 /// cursor a runs job 1, and 2 and 3 are parked behind it; cursor b has three finished jobs, and 7 waits for it;
@@ -313,12 +313,6 @@ async fn nothing_is_found_while_nodes_work_and_die() {
     let lost: i64 = value(&sql, "select count(*) from finished_jobs where losses > 0 or attempt > 1").await;
     println!("{n} jobs, {lost} of them more than once, {snapshots} snapshots in {:?}", begin.elapsed());
     assert!(snapshots > 20 && lost > 0, "there was something to see");
-}
-
-/// Wait until a session waits for a lock.
-async fn somebody_waits(sql: &tokio_postgres::Client) {
-    let waits = "select exists (select from pg_locks where not granted and pid <> pg_backend_pid())";
-    eventually("a lock is waited for", Duration::from_secs(20), || async { value(sql, waits).await }).await;
 }
 
 /// A node leaves while a claim of it, whose answer it gave up, is in flight.
