@@ -220,7 +220,7 @@ pub async fn settings_are_hostile(seed: u64) {
     let sql = world.sql().await;
     for setting in [
         "default_transaction_isolation = 'serializable'",
-        "statement_timeout = '150ms'",
+        "statement_timeout = '1s'",
         "lock_timeout = '10ms'",
         "idle_in_transaction_session_timeout = '100ms'",
         "idle_session_timeout = '3s'",
