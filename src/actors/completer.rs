@@ -19,7 +19,7 @@ use crate::error::Result;
 use crate::lifecycle::{Settled, Verdict};
 use crate::metrics::Metrics;
 use crate::record;
-use crate::store::{EndedRun, Settlement, Store};
+use crate::store::{EndedRun, Store};
 
 /// About so many attempts are settled in one call.
 const MAX_SETTLE: usize = 1000;
@@ -168,8 +168,9 @@ fn cut(batch: &[EndedRun]) -> usize {
 
 async fn attempt(store: &Store, batch: &[EndedRun]) -> Result<usize> {
     let settled = store.settle(batch).await;
-    let all: Vec<&Settlement> = batch.iter().flat_map(|run| &run.jobs).collect();
-    let ids = || all.iter().map(|job| job.id).collect::<Vec<_>>();
+    // Only who records, or is refused, pays for these.
+    let all = || batch.iter().flat_map(|run| &run.jobs);
+    let ids = || all().map(|job| job.id).collect::<Vec<_>>();
     let Ok(refused) = &settled else {
         tracing::trace!(target: record::TARGET, event = "settle_unknown", jobs = ?ids());
         return settled.map(|refused| refused.len());
@@ -178,12 +179,13 @@ async fn attempt(store: &Store, batch: &[EndedRun]) -> Result<usize> {
         target: record::TARGET,
         event = "settled",
         jobs = ?ids(),
-        tokens = ?all.iter().map(|job| job.token).collect::<Vec<_>>(),
-        outcomes = ?all.iter().map(|job| job.verdict.outcome.as_str()).collect::<Vec<_>>(),
+        tokens = ?all().map(|job| job.token).collect::<Vec<_>>(),
+        outcomes = ?all().map(|job| job.verdict.outcome.as_str()).collect::<Vec<_>>(),
         ?refused,
     );
     if !refused.is_empty() {
-        let jobs: Vec<i64> = refused.iter().take(10).map(|place| all[*place].id).collect();
+        let ids = ids();
+        let jobs: Vec<i64> = refused.iter().take(10).map(|place| ids[*place]).collect();
         tracing::warn!(?jobs, count = refused.len(), "settle refused: the lease was lost");
     }
     Ok(refused.len())

@@ -11,45 +11,38 @@ use crate::load::Habits;
 use crate::node::{ABORT, Act, Args, Step, Work};
 use crate::world::{CALM, LEASE, World};
 
-/// SIGKILL, one node after the other, while the others work.
-pub async fn killed(seed: u64) {
+async fn kills(seed: u64, nodes: usize, habits: Habits) {
     let mut world = World::new(seed).await;
-    world.nodes(3, &[]).await;
-    world.load(Habits::default());
+    world.nodes(nodes, &[]).await;
+    world.load(habits);
     for round in 0..4 {
         world.pass(700).await;
         world.progress(50).await;
         world.breaks("SIGKILL");
-        world.kill(round % 3);
+        world.kill(round % nodes);
         world.heals("SIGKILL");
-        world.restart(round % 3, &[]).await;
+        world.restart(round % nodes, &[]).await;
     }
     let checked = world.check().await;
     assert!(checked.lost > 0, "a kill must have hit something");
 }
 
+/// SIGKILL, one node after the other, while the others work.
+pub async fn killed(seed: u64) {
+    kills(seed, 3, Habits::default()).await;
+}
+
 /// The same with one cursor: its order is strict whatever dies.
 pub async fn killed_with_one_cursor(seed: u64) {
-    let mut world = World::new(seed).await;
-    world.nodes(2, &[]).await;
-    world.load(Habits { producers: 1, cursors: 1, failing: 0.1, ms: 1, ..Habits::default() });
-    for round in 0..4 {
-        world.pass(500).await;
-        world.progress(30).await;
-        world.breaks("SIGKILL");
-        world.kill(round % 2);
-        world.heals("SIGKILL");
-        world.restart(round % 2, &[]).await;
-    }
-    let checked = world.check().await;
-    assert!(checked.lost > 0, "a kill must have hit something");
+    kills(seed, 2, Habits { producers: 1, cursors: 1, failing: 0.1, ms: 1, ..Habits::default() }).await;
 }
 
 /// SIGSTOP for longer than the lease, then SIGCONT: a ghost, whose settles must be refused.
 pub async fn stopped_beyond_its_lease(seed: u64) {
     let mut world = World::new(seed).await;
     world.nodes(2, &[]).await;
-    world.load(Habits { ms: 50, ..Habits::default() });
+    // Long jobs: whenever it is stopped, some run.
+    world.load(Habits { ms: 1500, batch: 2, pause: Duration::from_millis(120), ..Habits::default() });
     world.progress(50).await;
     world.breaks("SIGSTOP");
     world.signal(0, Signal::STOP);
