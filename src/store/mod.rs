@@ -193,7 +193,7 @@ impl Store {
 
     /// Make a call in its own transaction, of isolation level read committed. Where that is the default, as it
     /// usually is, the call itself is the transaction; else the first call is refused, and from then on each
-    /// takes three statements.
+    /// is sent between two statements, all three in one flight: the transaction never waits for its client.
     async fn isolated<T>(
         &self,
         connection: &Client,
@@ -208,10 +208,17 @@ impl Store {
             begins.store(true, Ordering::Relaxed);
             tracing::warn!("the database's default_transaction_isolation is not read committed: every call costs more");
         }
-        connection.batch_execute("begin isolation level read committed").await?;
-        let result = call(connection, queries).await;
-        connection.batch_execute(if result.is_ok() { "commit" } else { "rollback" }).await?;
-        Ok(result?)
+        // The commit of a transaction that failed rolls it back.
+        let (began, result, ended) = tokio::join!(
+            biased;
+            connection.batch_execute("begin isolation level read committed"),
+            call(connection, queries),
+            connection.batch_execute("commit"),
+        );
+        began?;
+        let result = result?;
+        ended?;
+        Ok(result)
     }
 
     /// Create or upgrade the schema.
