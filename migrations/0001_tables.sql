@@ -99,6 +99,7 @@ create table claims (
   -- The losses of the suspect that was claimed alone; 0 for an ordinary batch.
   losses smallint not null
 ) with (fillfactor = 50, autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_scale_factor = 0);
+alter table claims alter ids set storage external; -- compressing them costs more than it saves
 create index claims_lease on claims (lease);
 
 -- Which cursors there are. Apart from what changes, so that being unique costs a change nothing.

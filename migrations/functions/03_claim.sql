@@ -92,18 +92,19 @@ end $$;
 -- Claim up to max_jobs jobs of one queue for a living lease. The token is drawn by the caller, so that
 -- a lost reply can be resolved by it. Three sorts of rows come back. First, with no id and no cursor_key,
 -- a row for each lane that was read: where the next claim goes on reading it (a hint; without marks a
--- lane is read from its start), whether rows were seen that another transaction held (look again soon), whether nothing stands behind,
--- and in waited_ms how long all the reading took. Then, with no id, each cursor that is owned now. Then
--- the jobs in the order in which they should start; those of one cursor stand together and are one run of
--- up to run_length jobs, or up to longest_run when few cursors share the claim. Of the rows of busy
--- cursors that stand in the way, to_park are parked; the rest is read past. A payload of more than
--- max_inline bytes comes as null, to be asked for when the job starts: what waits in a node's memory stays small.
+-- lane is read from its start), whether rows were seen that another transaction held (look again soon), whether
+-- nothing stands behind, in waited_ms how long all the reading took, and in line (of the first) the ids of the jobs in
+-- the order in which they should start. Then, with no id, each cursor that is owned now. Then the jobs, page by page.
+-- In line, those of one cursor stand together and are one run of up to run_length jobs, or up to longest_run when few
+-- cursors share the claim. Of the rows of busy cursors that stand in the way, to_park are parked; the rest is read
+-- past. A payload of more than max_inline bytes comes as null, to be asked for when the job starts: what waits in a
+-- node's memory stays small.
 create or replace function claim_lanes(
   lease bigint, token bigint, queue text, kinds text[], max_jobs int, run_length int,
   lanes smallint[], marks bigint[], longest_run int default null, to_park int default 1000,
   max_inline int default null
 ) returns table (
-  priority smallint, mark bigint, contended boolean, at_end boolean,
+  priority smallint, mark bigint, contended boolean, at_end boolean, line bigint[],
   id bigint, tid tid, kind text, payload json, attempt smallint, max_attempts smallint, timeout_ms bigint,
   headers json, waited_ms float8, on_retry on_retry, on_failure on_failure,
   cursor_key text, cursor_state json, cursor_version bigint, cursor_turn bigint
@@ -147,15 +148,13 @@ begin
   for again in 1 .. reads loop
     line := read_line(claim_lanes.lease, claim_lanes.queue, claim_lanes.kinds, claim_lanes.max_jobs, cutoff,
       line_lanes, line_marks);
-    -- Plain rows are locked only now: another claimer may have been faster. The nested loops over unnest,
-    -- here and below, keep the order of the line.
-    with locked as materialized (
-      select j.ctid as tid, j.id
-      from unnest(line.tids, line.keys) c(tid, key) join jobs j on j.ctid = c.tid
-      where c.key is null and j.token is null and j.stage in ('ready', 'suspect')
-      for update of j skip locked
-    )
-    select coalesce(array_agg(l.tid), '{}'), array_agg(l.id) into chosen, ids from locked l;
+    -- Plain rows are locked only now: another claimer may have been faster.
+    select coalesce(array_agg(l.tid), '{}'), array_agg(l.id order by l.lane desc, l.expected_at, l.pos) into chosen, ids
+      from (
+        select j.ctid as tid, j.id, j.priority as lane, j.expected_at, j.pos from jobs j
+        where j.ctid = any(line.tids) and j.cursor_key is null and j.token is null and j.stage in ('ready', 'suspect')
+        for update skip locked
+      ) l;
     contended := contended or cardinality(chosen) < cardinality(array_positions(line.keys, null));
 
     select null::tid[] as tids, null::bigint[] as ids, null::text[] as owned, null::int as left_at into runs;
@@ -184,10 +183,11 @@ begin
       case when runs.left_at is null or l.lane > line.at_lane[runs.left_at] then l.mark
         when l.lane = line.at_lane[runs.left_at] and line.at_pos[runs.left_at] is not null then line.at_pos[runs.left_at] - 1
         else coalesce(line_marks[array_position(line_lanes, l.lane)], 0) end,
-      contended, line.at_end and runs.left_at is null, null::bigint, null::tid, null::text, null::json, null::smallint, null::smallint, null::bigint,
+      contended, line.at_end and runs.left_at is null, case when l.n = 1 then ids end, null::bigint, null::tid, null::text, null::json, null::smallint, null::smallint, null::bigint,
       null::json, line.took_ms, null::on_retry, null::on_failure, null::text, null::json, null::bigint, null::bigint
     -- A claim of a suspect reads no lane, and has one row to say if it was contended.
-    from unnest(coalesce(line.lanes, array[null::smallint]), coalesce(line.marks, array[null::bigint])) l(lane, mark);
+    from unnest(coalesce(line.lanes, array[null::smallint]), coalesce(line.marks, array[null::bigint]))
+      with ordinality l(lane, mark, n);
   if cardinality(chosen) = 0 then
     return;
   end if;
@@ -195,8 +195,8 @@ begin
     values (claim_lanes.token, claim_lanes.lease, claim_lanes.queue, ids, cardinality(ids), line.suspect);
   if runs.owned is not null then
     return query
-      select null::smallint, null::bigint, null::boolean, null::boolean, null::bigint, null::tid, null::text, null::json,
-        null::smallint, null::smallint, null::bigint, null::json, null::float8, null::on_retry, null::on_failure,
+      select null::smallint, null::bigint, null::boolean, null::boolean, null::bigint[], null::bigint, null::tid,
+        null::text, null::json, null::smallint, null::smallint, null::bigint, null::json, null::float8, null::on_retry, null::on_failure,
         c.key, c.state, c.version, c.turn
       from unnest(runs.owned) o(key)
       cross join lateral (
@@ -204,17 +204,16 @@ begin
       ) c;
   end if;
   -- Asking for the size of a column does not read it; a small one may be a large value, well compressed.
-  -- least: a row that was written by hand must not stop the line.
+  -- least: a row that was written by hand must not stop the line. date_part: extract computes exactly, and slowly.
   return query
     update jobs j set token = claim_lanes.token, attempt = least(attempt, 32766) + 1, started_at = cutoff, collapse_key = null
-    from unnest(chosen) t(tid)
-    where j.ctid = t.tid
-    returning null::smallint, null::bigint, null::boolean, null::boolean, j.id, j.ctid, j.kind,
-      case when pg_column_size(j.payload) > claim_lanes.max_inline
-          or pg_column_size(j.payload) > 1000 and octet_length(j.payload::text) > claim_lanes.max_inline
-        then null else j.payload end, j.attempt, j.max_attempts,
-      (extract(epoch from j.timeout) * 1000)::bigint, j.headers,
-      (extract(epoch from cutoff - greatest(j.run_at, j.created_at)) * 1000)::float8, j.on_retry, j.on_failure,
+    where j.ctid = any(chosen)
+    returning null::smallint, null::bigint, null::boolean, null::boolean, null::bigint[], j.id, j.ctid, j.kind,
+      case when pg_column_size(j.payload) <= 1000 then j.payload
+        when pg_column_size(j.payload) > claim_lanes.max_inline
+          or octet_length(j.payload::text) > claim_lanes.max_inline then null
+        else j.payload end, j.attempt, j.max_attempts, (date_part('epoch', j.timeout) * 1000)::bigint, j.headers,
+      date_part('epoch', cutoff - greatest(j.run_at, j.created_at)) * 1000, j.on_retry, j.on_failure,
       j.cursor_key, null::json, null::bigint, null::bigint;
 end $$;
 
@@ -239,8 +238,10 @@ begin
       select * from claim_lanes(lease, lease, claim.queue, claim.kinds, claim.max_jobs, 1, '{}', '{}')
     )
     select lease, g.id, g.kind, g.payload, g.attempt, g.max_attempts, g.headers, g.cursor_key, c.cursor_state
-    from got g left join got c on c.id is null and c.cursor_key = g.cursor_key
-    where g.id is not null;
+    from (select h.id, h.n from got, unnest(got.line) with ordinality h(id, n)) l
+    join got g on g.id = l.id
+    left join got c on c.id is null and c.cursor_key = g.cursor_key
+    order by l.n;
   if not found then
     delete from leases l where l.id = lease;
   end if;

@@ -18,6 +18,8 @@ create or replace function finish(
 )
 language plpgsql set search_path from current as $$
 #variable_conflict use_column
+declare
+  ended timestamptz := clock_timestamp();
 begin
   with gone as (
     delete from jobs j
@@ -29,8 +31,10 @@ begin
         or j.cancelled_at is not null
         or e.outcome in ('retry', 'lost') and j.attempt >= j.max_attempts
         or e.outcome = 'lost' and j.losses >= 2)
-    returning j.*, e.result, e.error as new_error, e.age_ms, e.snapshot, e.version,
-      e.outcome = 'lost' as was_lost,
+    returning j.id, j.token, j.queue, j.kind, j.payload, j.priority, j.expected_at, j.run_at, j.attempt, j.max_attempts,
+      j.losses + (e.outcome = 'lost')::int as losses, j.timeout, j.cursor_key, j.headers, j.created_at, j.on_failure,
+      coalesce(ended - make_interval(secs => e.age_ms / 1000), j.started_at) as started_at,
+      e.result, coalesce(e.error, j.error) as error, e.snapshot, e.version,
       case when e.outcome in ('completed', 'failed', 'cancelled') then e.outcome
         when j.cancelled_at is not null then 'cancelled'
         when e.outcome = 'retry' then 'failed' else 'lost' end::outcome as state
@@ -38,16 +42,17 @@ begin
     insert into finished_jobs (id, queue, kind, state, payload, result, error, priority, expected_at, run_at,
       attempt, max_attempts, losses, timeout, cursor_key, cursor_snapshot, cursor_version, headers,
       created_at, started_at, finished_at)
-    select g.id, g.queue, g.kind, g.state, g.payload, g.result::json, coalesce(g.new_error, g.error), g.priority, g.expected_at, g.run_at,
-      g.attempt, g.max_attempts, g.losses + g.was_lost::int, g.timeout,
-      g.cursor_key, g.snapshot::json, g.version, g.headers, g.created_at,
-      coalesce(clock_timestamp() - make_interval(secs => g.age_ms / 1000), g.started_at), clock_timestamp()
+    select g.id, g.queue, g.kind, g.state, g.payload, g.result::json, g.error, g.priority, g.expected_at, g.run_at,
+      g.attempt, g.max_attempts, g.losses, g.timeout, g.cursor_key, g.snapshot::json, g.version, g.headers,
+      g.created_at, g.started_at, ended
     from gone g
   )
   select array_agg(g.id), array_agg(g.token), array_agg(g.id) filter (where g.halts), array_agg(g.queue) filter (where g.halts),
       array_agg(g.cursor_key) filter (where g.halts)
     into done, done_tokens, halts, halt_queues, halt_keys
-    from (select g.*, g.on_failure = 'halt' and g.state in ('failed', 'lost') as halts from gone g) g;
+    from (
+      select g.id, g.token, g.queue, g.cursor_key, g.on_failure = 'halt' and g.state in ('failed', 'lost') as halts from gone g
+    ) g;
 end $$;
 
 -- Put live rows back for another attempt: 'retry' and 'snooze' after their delay, 'release' (given back
@@ -130,7 +135,8 @@ end $$;
 -- Record how attempts ended, as parallel arrays with an entry an attempt, and what became of the cursors
 -- that they ran under, with an entry a run. A run is settled whole, jobs in order. Returns the places
 -- (from 1) of those that were refused: their token is not valid any more, the lease was lost and somebody
--- else decides. A node that lost its lease may settle a job twice in one call, under an old and a new token.
+-- else decides. A node that lost its lease may settle a job twice in one call, under an old and a new token. All but
+-- the first four may be empty or null, where there is nothing to say.
 --   outcomes     completed, failed, cancelled: into history; retry, snooze: again after delays_ms (null:
 --                backoff); release: again at once and not counted; lost: as the reaper does
 --   ages_ms      how long ago the attempt started

@@ -121,36 +121,44 @@ impl Claimed {
             reading: Duration::ZERO,
         };
         let mut cursors: HashMap<Arc<str>, OwnedCursor> = HashMap::new();
+        let mut line: Vec<i64> = Vec::new();
+        let mut jobs: HashMap<i64, &Row> = HashMap::with_capacity(rows.len());
         for row in rows {
-            let key: Option<&str> = row.get(15);
-            match (row.get::<_, Option<i64>>(4), key) {
+            match (row.get::<_, Option<i64>>(5), row.get::<_, Option<&str>>(16)) {
                 (None, None) => {
                     if let Some(priority) = row.get(0) {
                         claimed.marks.push(Mark { priority, pos: row.get(1) });
                     }
                     claimed.contended |= row.get::<_, bool>(2);
                     claimed.at_end |= row.get::<_, Option<bool>>(3).unwrap_or_default();
-                    let reading = row.get::<_, Option<f64>>(12).unwrap_or_default();
+                    line.extend(row.get::<_, Option<Vec<i64>>>(4).unwrap_or_default());
+                    let reading = row.get::<_, Option<f64>>(13).unwrap_or_default();
                     claimed.reading = Duration::from_secs_f64(reading.max(0.0) / 1000.0);
                 }
                 (None, Some(key)) => {
                     let key: Arc<str> = key.into();
-                    let state = json(row, 16).map(Arc::from);
-                    let cursor = OwnedCursor { key: Arc::clone(&key), state, version: row.get(17), turn: row.get(18) };
+                    let state = json(row, 17).map(Arc::from);
+                    let cursor = OwnedCursor { key: Arc::clone(&key), state, version: row.get(18), turn: row.get(19) };
                     cursors.insert(key, cursor);
                 }
-                (Some(id), key) => match (claimed.runs.last_mut(), key) {
-                    (Some(ClaimedRun { cursor: Some(cursor), jobs }), Some(key)) if *cursor.key == *key => {
-                        let key = Arc::clone(&cursor.key);
-                        jobs.push_back(job(row, id, Some(key), claim));
-                    }
-                    (_, key) => {
-                        // Every key has its cursor among the rows; and comes once, its jobs together.
-                        let cursor = key.and_then(|key| cursors.remove(key));
-                        let key = cursor.as_ref().map(|cursor| Arc::clone(&cursor.key));
-                        claimed.runs.push(ClaimedRun { cursor, jobs: VecDeque::from([job(row, id, key, claim)]) });
-                    }
-                },
+                (Some(id), _) => {
+                    jobs.insert(id, row);
+                }
+            }
+        }
+        for row in line.iter().filter_map(|id| jobs.get(id)) {
+            let key: Option<&str> = row.get(16);
+            match (claimed.runs.last_mut(), key) {
+                (Some(ClaimedRun { cursor: Some(cursor), jobs }), Some(key)) if *cursor.key == *key => {
+                    let key = Arc::clone(&cursor.key);
+                    jobs.push_back(job(row, Some(key), claim));
+                }
+                (_, key) => {
+                    // Every key has its cursor among the rows; and comes once, its jobs together.
+                    let cursor = key.and_then(|key| cursors.remove(key));
+                    let key = cursor.as_ref().map(|cursor| Arc::clone(&cursor.key));
+                    claimed.runs.push(ClaimedRun { cursor, jobs: VecDeque::from([job(row, key, claim)]) });
+                }
             }
         }
         claimed
@@ -167,29 +175,29 @@ impl Claimed {
     }
 }
 
-fn job(row: &Row, id: i64, cursor_key: Option<Arc<str>>, claim: &Claim<'_>) -> ClaimedJob {
-    let kind: &str = row.get(6);
+fn job(row: &Row, cursor_key: Option<Arc<str>>, claim: &Claim<'_>) -> ClaimedJob {
+    let kind: &str = row.get(7);
     ClaimedJob {
         meta: Meta {
-            id,
+            id: row.get(5),
             // The node asked for these kinds: share its strings.
             kind: claim.kinds.iter().find(|k| ***k == *kind).map_or_else(|| kind.into(), Arc::clone),
             queue: Arc::clone(claim.queue),
-            attempt: row.get::<_, i16>(8) as u16,
-            max_attempts: row.get::<_, i16>(9) as u16,
-            headers: json(row, 11).map(Arc::from),
+            attempt: row.get::<_, i16>(9) as u16,
+            max_attempts: row.get::<_, i16>(10) as u16,
+            headers: json(row, 12).map(Arc::from),
             cursor_key,
             cursor_state: None,
             cursor_version: None,
             cancelled: CancellationToken::new(),
         },
-        payload: json(row, 7).map(Box::from),
-        tid: row.get(5),
+        payload: json(row, 8).map(Box::from),
+        tid: row.get(6),
         token: claim.token,
-        timeout: row.get::<_, Option<i64>>(10).map(|ms| Duration::from_millis(ms.max(1) as u64)),
-        waited: Duration::from_secs_f64(row.get::<_, f64>(12).max(0.0) / 1000.0),
-        on_retry: if row.get(13) { OnRetry::Pass } else { OnRetry::Hold },
-        on_failure: if row.get(14) { OnFailure::Halt } else { OnFailure::Continue },
+        timeout: row.get::<_, Option<i64>>(11).map(|ms| Duration::from_millis(ms.max(1) as u64)),
+        waited: Duration::from_secs_f64(row.get::<_, f64>(13).max(0.0) / 1000.0),
+        on_retry: if row.get(14) { OnRetry::Pass } else { OnRetry::Hold },
+        on_failure: if row.get(15) { OnFailure::Halt } else { OnFailure::Continue },
     }
 }
 
@@ -262,7 +270,8 @@ impl EndedRun {
     }
 }
 
-/// The same as parallel arrays: first with an entry a job, then with an entry a run of a cursor.
+/// The same as parallel arrays: first with an entry a job, then with an entry a run of a cursor. What no job left is
+/// an empty array, which costs nothing.
 #[derive(Default)]
 pub(super) struct Columns<'a> {
     tids: Vec<Tid>,
@@ -312,6 +321,16 @@ impl<'a> Columns<'a> {
                 columns.run_whole.push(fold.whole);
             }
         }
+        fn clear<T>(column: &mut Vec<Option<T>>) {
+            if column.iter().all(Option::is_none) {
+                column.clear();
+            }
+        }
+        clear(&mut columns.results);
+        clear(&mut columns.errors);
+        clear(&mut columns.delays_ms);
+        clear(&mut columns.snapshots);
+        clear(&mut columns.versions);
         columns
     }
 
