@@ -16,6 +16,7 @@ mod inputs;
 mod leases;
 mod model;
 mod operators;
+mod plans;
 mod protocol;
 mod sticky;
 mod support;

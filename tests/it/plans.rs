@@ -1,0 +1,319 @@
+//! Plans stay bounded by the batch: a session that planned everything while the tables were empty works on a
+//! million jobs, with `auto_explain` telling how each statement inside the functions really ran.
+
+use std::fmt::Write;
+use std::sync::{Arc, Mutex};
+
+use futures_util::StreamExt;
+use pgcue::store::Target;
+use serde_json::Value;
+use tokio_postgres::{AsyncMessage, Client};
+
+use crate::support::{Db, database, value};
+
+/// The tables that are never read whole. Leases are few, a row for each node and each claim of an SQL consumer: reap
+/// reads them whole, and has no index to do otherwise.
+const TABLES: [&str; 4] = ["jobs", "claims", "cursors", "cursor_keys"];
+
+/// So many thousand jobs are ready; a fifth of that runs, is scheduled, is blocked.
+const MILLION: i64 = 1000;
+
+/// A session that hears its own notices.
+struct Session {
+    sql: Client,
+    notices: Arc<Mutex<Vec<String>>>,
+}
+
+impl Session {
+    async fn open(db: &Db) -> Self {
+        let (sql, mut connection) = Target::parse(&db.url).unwrap().connect().await.unwrap();
+        let notices = Arc::new(Mutex::new(Vec::new()));
+        let heard = notices.clone();
+        actix_rt::spawn(async move {
+            let mut messages = futures_util::stream::poll_fn(move |cx| connection.poll_message(cx));
+            while let Some(Ok(message)) = messages.next().await {
+                if let AsyncMessage::Notice(notice) = message {
+                    heard.lock().unwrap().push(notice.message().to_owned());
+                }
+            }
+        });
+        let session = Session { sql, notices };
+        session.run("set search_path = pgcue, public").await;
+        // What was claimed last; a temporary table is no shared buffer.
+        session.run("select begin_lease(1, 'plans', '1 h')").await;
+        session.run("create temp table got as select * from claim_lanes(1, 1, 'none', null, 1, 1, '{}', '{}')").await;
+        session
+    }
+
+    async fn run(&self, sql: &str) {
+        self.sql.batch_execute(sql).await.unwrap_or_else(|e| panic!("{sql}: {e:?}"));
+    }
+
+    /// Plan every statement on tables that hold next to nothing, more often than PostgreSQL plans anew for each call.
+    async fn warm_up(&self) {
+        for round in 10..18 {
+            let token = round * 10;
+            self.run(
+                "insert into jobs (kind) select 'noop' from generate_series(1, 20);
+                 insert into jobs (kind, cursor_key) select 'noop', 'warm' || n % 4 from generate_series(1, 12) n;
+                 insert into jobs (kind, cursor_key, run_at)
+                   select 'noop', case when n > 2 then 'warm' || n end, clock_timestamp() + '1 ms' from generate_series(1, 5) n",
+            )
+            .await;
+            self.run("select pg_sleep(0.002)").await;
+            self.run("select * from promote(1000)").await;
+            self.run(&format!("select begin_lease({round}, 'warm', '1 h')")).await;
+            self.run(&claim(round, token, "default", 0, 40)).await;
+            self.run(&format!("select * from extend({round})")).await;
+            self.run(&settle(token, "default")).await;
+            self.run(&claim(round, token + 1, "default", 0, 40)).await;
+            self.run(&format!("select * from give_back({}, 'release')", token + 1)).await;
+            self.run(&claim(round, token + 2, "default", 0, 40)).await;
+            self.run(&expire(round)).await;
+            self.run("select * from reap()").await;
+        }
+    }
+
+    async fn explain(&self) {
+        self.run(
+            "load 'auto_explain';
+             set auto_explain.log_min_duration = 0;
+             set auto_explain.log_nested_statements = on;
+             set auto_explain.log_analyze = on;
+             set auto_explain.log_buffers = on;
+             set auto_explain.log_timing = off;
+             set auto_explain.log_format = json;
+             set auto_explain.log_level = notice",
+        )
+        .await;
+    }
+
+    /// Make a call on a batch of so many rows, and say what is wrong with its plans.
+    async fn call(&self, call: &Call) -> Vec<String> {
+        self.notices.lock().unwrap().clear();
+        self.run(&call.sql).await;
+        let notices = std::mem::take(&mut *self.notices.lock().unwrap());
+        let plans: Vec<Value> = notices
+            .iter()
+            .filter_map(|notice| Some(serde_json::from_str(notice.split_once("plan:\n")?.1).unwrap()))
+            .collect();
+        assert!(plans.len() > 1, "{} is explained with its nested statements: {notices:?}", call.name);
+        let mut offences = Vec::new();
+        for plan in &plans {
+            for what in judge(&plan["Plan"], call.batch) {
+                offences.push(format!("{}: {what}\n{}", call.name, show(plan)));
+            }
+        }
+        // The call itself ends last, and its buffers are those of all that it did.
+        let buffers = buffers(&plans[plans.len() - 1]["Plan"]);
+        println!("{}: {buffers} buffers, {} a row", call.name, buffers / call.batch);
+        if buffers > call.buffers * call.batch {
+            let all: String = plans.iter().map(show).collect();
+            offences.push(format!("{}: {buffers} buffers for a batch of {}\n{all}", call.name, call.batch));
+        }
+        offences
+    }
+}
+
+/// One call of the protocol and how many buffers each row of its batch may cost.
+struct Call {
+    name: &'static str,
+    batch: u64,
+    buffers: u64,
+    sql: String,
+}
+
+/// Claim into `got`, reading from a mark on.
+fn claim(lease: i64, token: i64, queue: &str, mark: i64, max: i64) -> String {
+    format!(
+        "truncate got;
+         insert into got select * from claim_lanes({lease}, {token}, '{queue}', null, {max}, 5, '{{0}}', '{{{mark}}}', 5)"
+    )
+}
+
+/// Settle what was claimed: most completed, some again later.
+fn settle(token: i64, queue: &str) -> String {
+    format!(
+        "select settle(j.tids, j.ids, array_fill({token}::bigint, array[j.n]), j.outcomes, null, null, null, null, null,
+           null, array_fill('{queue}'::text, array[r.n]), r.keys, array_fill({token}::bigint, array[r.n]), r.versions,
+           r.versions, null, null, array_fill(false, array[r.n]))
+         from (select array_agg(tid) as tids, array_agg(id) as ids, count(*)::int as n,
+             array_agg(case when id % 5 = 0 then 'retry' else 'completed' end) as outcomes
+           from got where id is not null) j,
+         (select coalesce(array_agg(cursor_key), '{{}}') as keys, array_agg(cursor_version) as versions, count(*)::int as n
+           from got where id is null and cursor_key is not null) r"
+    )
+}
+
+fn expire(lease: i64) -> String {
+    format!("update leases set ttl = '0', expires_at = now() - interval '1 s' where id = {lease}")
+}
+
+/// Load so many thousand ready jobs, and the fifth of it in each other state. The running ones stand first in the
+/// lines of both queues; then in the line of `front` come jobs of cursors: of halted and owned ones, of free ones (some
+/// with a mailbox of a thousand), and of such that nobody knows yet. No triggers: turning them off for the table would
+/// make sessions plan anew. Returns the mark behind the running ones.
+async fn load(sql: &Client, thousand: i64) -> i64 {
+    let (lots, some) = (200 * thousand, 5 * thousand);
+    let text = format!(
+        "set session_replication_role = replica;
+         delete from jobs; delete from claims; delete from cursors; delete from cursor_keys;
+         insert into lanes values ('plain', 0), ('front', 0);
+         insert into leases (id, node, ttl, expires_at)
+           select n, 'node', '1 h', clock_timestamp() + '1 h' from generate_series(1000, 1000 + {thousand}) n;
+         -- Claims of 200, of which those of front begin with 10 jobs of cursors. The first 20 have leases of their own.
+         with added as (
+           insert into jobs (kind, queue, token, attempt, started_at, cursor_key, cancelled_at)
+           select 'noop', case when n < {lots} / 2 then 'front' else 'plain' end, 100000 + n / 200, 1, now(),
+             case when n < {lots} / 2 and n % 200 < 10 then 'owned' || n / 200 * 10 + n % 200 end,
+             case when n % 1000 = 0 then now() end
+           from generate_series(0, {lots} - 1) n
+           returning id, token, queue
+         )
+         insert into claims (token, lease, queue, ids, open, losses)
+           select a.token, case when a.token < 100020 then 900 + a.token else 1000 + a.token / 20 % {thousand} end, a.queue,
+             array_agg(a.id), count(*), 0
+           from added a group by a.token, a.queue;
+         insert into leases (id, node, ttl, expires_at)
+           select n, 'node', '1 h', clock_timestamp() + '1 h' from generate_series(100900, 100919) n;
+         insert into cursors (queue, key, halted_at, owner)
+           select 'front', c || n, case c when 'halted' then now() end, case c when 'owned' then 100000 + n / 10 end
+           from unnest('{{halted,owned,free,deep}}'::text[]) c, generate_series(0, {some} - 1) n
+           where c <> 'deep' or n < 100;
+         insert into cursor_keys (queue, key) select queue, key from cursors;
+         insert into jobs (kind, queue, cursor_key)
+           select 'noop', 'front', case n % 20
+             when 0 then 'deep' || n / 20 % 100 when 1 then 'free' || n / 20 when 2 then 'free' || n / 20 when 3 then 'new' || n / 20
+             else case n % 2 when 0 then 'halted' || n % {some} else 'owned' || n % {some} end end
+           from generate_series(0, 10 * {thousand} - 1) n;
+         insert into jobs (kind, queue, cursor_key, stage)
+           select 'noop', 'front', case when n < {lots} / 2 then 'deep' || n % 100
+             when n % 2 = 0 then 'halted' || n % {some} else 'owned' || n % {some} end, 'blocked'
+           from generate_series(0, {lots} - 1) n;
+         insert into jobs (kind, queue, cursor_key, stage, run_at)
+           select 'noop', 'front', case n % 8
+             when 0 then 'later' || n when 4 then 'halted' || n % {some} when 6 then 'free' || n % {some} end, 'scheduled',
+             now() + make_interval(secs => (n - {lots} / 10) * 10.0)
+           from generate_series(0, {lots} - 1) n;
+         insert into jobs (kind, queue)
+           select 'noop', case when n < 50 * {thousand} then 'front' else 'plain' end
+           from generate_series(0, 990 * {thousand} - 1) n",
+    );
+    sql.batch_execute(&text).await.unwrap();
+    value(sql, "select max(pos) from jobs where token is not null").await
+}
+
+/// Every call once. The numbers are what a row of the batch cost.
+fn calls(token: i64, mark: i64) -> Vec<Call> {
+    let (plain, first, second, suspect) = (token, token + 1, token + 2, token + 3);
+    let call = |name, batch, buffers, sql| Call { name, batch, buffers, sql };
+    vec![
+        call("claim of plain jobs", 1000, 10000, claim(1, plain, "plain", mark, 1000)),
+        call("extend", 200, 10000, "select * from extend(1010)".into()),
+        call("settle of plain jobs", 1000, 10000, settle(plain, "plain")),
+        call("claim with cursors in front", 1000, 10000, claim(1, first, "front", mark, 1000)),
+        call("settle of cursors", 1000, 10000, settle(first, "front")),
+        call("claim with cursors again", 1000, 10000, claim(1, second, "front", mark, 1000)),
+        call("give_back", 1000, 10000, format!("select * from give_back({second}, 'release')")),
+        call("promote", 1000, 10000, "select * from promote(1000)".into()),
+        call("reap", 200, 10000, "select * from reap()".into()),
+        call("claim of a suspect", 100, 10000, claim(1, suspect, "front", mark, 1000)),
+    ]
+}
+
+/// What is wrong with a plan: it reads a table whole, or more rows of one than the batch explains, or sorts such.
+fn judge(plan: &Value, batch: u64) -> Vec<String> {
+    let mut offences = Vec::new();
+    let node = plan["Node Type"].as_str().unwrap();
+    let table = plan["Relation Name"].as_str().filter(|name| TABLES.contains(name));
+    if let (true, Some(table)) = (node.contains("Seq Scan"), table) {
+        offences.push(format!("a sequential scan on {table}"));
+    }
+    let read = rows(plan);
+    if let (true, Some(table)) = (read > 4 * batch, table) {
+        offences.push(format!("{read} rows read from {table} by {node}"));
+    }
+    for below in plan["Plans"].as_array().into_iter().flatten() {
+        if node.contains("Sort") && rows(below) > 4 * batch {
+            offences.push(format!("{} rows sorted", rows(below)));
+        }
+        offences.extend(judge(below, batch));
+    }
+    offences
+}
+
+/// How many rows a node looked at, in all its loops.
+fn rows(plan: &Value) -> u64 {
+    let seen = ["Actual Rows", "Rows Removed by Filter", "Rows Removed by Index Recheck"];
+    let each: f64 = seen.iter().filter_map(|name| plan[name].as_f64()).sum();
+    (each * plan["Actual Loops"].as_f64().unwrap()) as u64
+}
+
+fn buffers(plan: &Value) -> u64 {
+    ["Shared Hit Blocks", "Shared Read Blocks"].iter().map(|name| plan[name].as_u64().unwrap()).sum()
+}
+
+/// A statement and its plan, for people.
+fn show(statement: &Value) -> String {
+    fn node(plan: &Value, depth: usize, text: &mut String) {
+        let name = |key: &str| plan[key].as_str().map(|name| format!(" {name}")).unwrap_or_default();
+        let (kind, index, table) = (&plan["Node Type"], name("Index Name"), name("Relation Name"));
+        let (rows, loops, kept) = (rows(plan), &plan["Actual Loops"], &plan["Actual Rows"]);
+        let indent = "  ".repeat(depth);
+        writeln!(
+            text,
+            "{indent}{}{index}{table}: {rows} rows seen, {loops} loops of {kept}, {} buffers",
+            kind.as_str().unwrap(),
+            buffers(plan)
+        )
+        .unwrap();
+        for key in ["Index Cond", "TID Cond", "Filter", "Sort Key"] {
+            if let Some(condition) = plan.get(key) {
+                writeln!(text, "{indent}    {key}: {condition}").unwrap();
+            }
+        }
+        for below in plan["Plans"].as_array().into_iter().flatten() {
+            node(below, depth + 1, text);
+        }
+    }
+    let mut text = format!("{}\n", statement["Query Text"].as_str().unwrap());
+    node(&statement["Plan"], 1, &mut text);
+    text
+}
+
+/// A database whose statistics nobody refreshes, and a session that planned everything on it while it was empty.
+async fn planned_on_nothing(before: &str) -> (Db, Session, Client) {
+    let db = database().await;
+    let sql = db.sql().await;
+    sql.batch_execute(before).await.unwrap();
+    for table in ["jobs", "claims", "leases", "cursors", "cursor_keys"] {
+        // Without WAL, for speed.
+        let set = format!("alter table {table} set unlogged; alter table {table} set (autovacuum_enabled = off)");
+        sql.batch_execute(&set).await.unwrap();
+    }
+    let session = Session::open(&db).await;
+    session.warm_up().await;
+    (db, session, sql)
+}
+
+#[actix::test]
+async fn plans_made_on_empty_tables_stay_within_the_batch_on_a_million_jobs() {
+    let (_db, session, sql) = planned_on_nothing("").await;
+    let t = std::time::Instant::now();
+    let mark = load(&sql, MILLION).await;
+    println!("loaded {:?}", t.elapsed());
+    session.explain().await;
+    let mut offences = Vec::new();
+    for (pass, lease) in [(1, 100901), (2, 100902)] {
+        for call in calls(1000 * pass, mark) {
+            if call.name == "reap" {
+                sql.batch_execute(&expire(lease)).await.unwrap();
+            }
+            offences.extend(session.call(&call).await);
+        }
+        // They would be claimed first, each alone. And now everything is planned anew, on statistics.
+        sql.batch_execute("delete from jobs where stage = 'suspect'; analyze").await.unwrap();
+    }
+    println!("all {:?}", t.elapsed());
+    assert!(offences.is_empty(), "{} offences:\n{}", offences.len(), offences.join("\n\n"));
+}
