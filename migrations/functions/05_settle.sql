@@ -26,7 +26,8 @@ begin
     using unnest(finish.tids, finish.ids, finish.tokens, finish.outcomes, finish.results, finish.errors,
       finish.ages_ms, finish.snapshots, finish.versions)
       e(tid, id, token, outcome, result, error, age_ms, snapshot, version)
-    where j.ctid = e.tid and j.id = e.id and j.token is not distinct from e.token
+    -- Not `j.id = e.id`: a plan made on an empty table would look each job up by its id.
+    where j.ctid = e.tid and j.id is not distinct from e.id and j.token is not distinct from e.token
       and (e.outcome in ('completed', 'failed', 'cancelled')
         or j.cancelled_at is not null
         or e.outcome in ('retry', 'lost') and j.attempt >= j.max_attempts
@@ -80,7 +81,7 @@ begin
         else 'ready' end::stage
     from unnest(put_back.tids, put_back.ids, put_back.tokens, put_back.outcomes, put_back.errors, put_back.delays_ms)
       e(tid, id, token, outcome, error, delay_ms)
-    where j.ctid = e.tid and j.id = e.id and j.token = e.token
+    where j.ctid = e.tid and j.id is not distinct from e.id and j.token = e.token
       and e.outcome in ('retry', 'snooze', 'release', 'lost')
     returning j.id, e.token, j.queue
   )
