@@ -279,12 +279,12 @@ begin
   ), keys as (
     select d.queue, d.key, array_agg(d.id) as ids from due d where d.key is not null group by d.queue, d.key
   ), known as materialized (
-    select k.queue, k.key, c.tid from keys k
+    select k.queue, k.key, k.ids, c.tid from keys k
     cross join lateral (
       select c.ctid as tid from cursors c where c.queue = k.queue and c.key = k.key order by c.turn desc limit 1
     ) c
   ), free as materialized (
-    select k.queue, k.key, c.tid, c.hold from known k
+    select k.queue, k.key, k.ids, c.tid, c.hold from known k
     cross join lateral (
       select c.ctid as tid, c.hold from cursors c where c.ctid = k.tid for update skip locked
     ) c
@@ -292,8 +292,7 @@ begin
     -- It may enter the mailbox before the mark; a held job is found by its id. Also a mark that is at the start
     -- is written: so a claim that reads the mailbox as it was before this sees that the row has changed.
     update cursors c set mark = row(-40000, '-infinity', 0), next_mark = row(-40000, '-infinity', 0)
-    from free f join keys k on k.queue = f.queue and k.key = f.key
-    where c.ctid = f.tid and k.ids <> array[coalesce(f.hold, 0)]
+    from free f where c.ctid = f.tid and f.ids <> array[coalesce(f.hold, 0)]
   ), locked as materialized (
     select j.ctid as tid from due d join jobs j on j.ctid = d.tid
     where j.stage = 'scheduled'
