@@ -67,11 +67,11 @@ begin
     order by j.id for update skip locked
   ), whole as (
     select l.queue, l.key, l.version from cursors_locked l
-    where not exists (select from mine m where m.queue = l.queue and m.key = l.key
+    where (l.queue, l.key) not in (select m.queue, m.key from mine m where m.key is not null
       and m.id not in (select j.id from jobs_locked j))
   ), given as (
-    select j.id, j.tid from jobs_locked j left join whole w on w.queue = j.queue and w.key = j.key
-    where j.key is null or w.key is not null
+    select j.id, j.tid from jobs_locked j
+    where j.key is null or (j.queue, j.key) in (select w.queue, w.key from whole w)
   )
   select coalesce((select array_agg(f.id) from given f), '{}') as ids, (select array_agg(f.tid) from given f) as tids,
       (select count(*) from mine)::int as all_of_it,
