@@ -72,7 +72,9 @@ create index lanes_key on lanes (queue, priority);
 
 create table queues (
   name text primary key,
-  paused_at timestamptz
+  paused_at timestamptz,
+  -- Jobs that complete leave their row in the history from then on; infinity: not at all.
+  history_from timestamptz not null default '-infinity'
 );
 
 -- One row for each living node, or for each claim of an SQL consumer (then id = the claim's token).

@@ -7,7 +7,7 @@ language sql volatile set search_path from current as $$
   select make_interval(secs => least(power(2, greatest(least(backoff.attempt, 30), 1) - 1), 3600) * (0.5 + random() / 2))
 $$;
 
--- Move live rows into history, addressed by (tid, id, token); token null means a job that no one runs.
+-- Move live rows into history (those that completed in a queue that keeps none: nowhere), addressed by (tid, id, token); token null means a job that no one runs.
 -- Of a row that asks for another attempt, only what may not have one is finished here: cancelled
 -- meanwhile, out of attempts, or lost too often. Returns the ids that were finished, and of these the
 -- failures that halt their cursor.
@@ -20,6 +20,7 @@ language plpgsql set search_path from current as $$
 #variable_conflict use_column
 declare
   ended timestamptz := clock_timestamp();
+  forgetful text[] := array(select q.name from queues q where q.history_from > ended);
 begin
   with gone as (
     delete from jobs j
@@ -47,6 +48,7 @@ begin
       g.attempt, g.max_attempts, g.losses, g.timeout, g.cursor_key, g.snapshot::json, g.version, g.headers,
       g.created_at, g.started_at, ended
     from gone g
+    where g.state <> 'completed' or g.queue <> all(forgetful)
   )
   select array_agg(g.id), array_agg(g.token), array_agg(g.id) filter (where g.halts), array_agg(g.queue) filter (where g.halts),
       array_agg(g.cursor_key) filter (where g.halts)

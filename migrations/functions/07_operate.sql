@@ -255,6 +255,22 @@ begin
   perform wake(resume.queue);
 end $$;
 
+-- Whether jobs of a queue that complete are kept in the history. What fails, is cancelled or lost always is.
+create or replace function keep_history(queue text, keep boolean) returns void
+language plpgsql set search_path from current as $$
+begin
+  if octet_length(keep_history.queue) between 1 and 512 is not true then
+    perform refuse('queue', keep_history.queue, 'a name of 1 to 512 bytes');
+  end if;
+  perform refuse('keep', null, 'true or false') where keep_history.keep is null;
+  insert into queues (name, history_from)
+  values (keep_history.queue, case when keep_history.keep then '-infinity' else 'infinity' end::timestamptz)
+  on conflict (name) do update set history_from = case
+    when not keep_history.keep then 'infinity'
+    when queues.history_from = 'infinity' then clock_timestamp()
+    else queues.history_from end;
+end $$;
+
 -- Move up to max_jobs due jobs into the line. due_in_ms: how long until the next one is due; null
 -- when none is scheduled. Any number of nodes may call it at once. A job whose cursor is locked this
 -- instant is left for the next call.

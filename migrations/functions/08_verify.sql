@@ -27,12 +27,14 @@ begin
   ), versions as (
     -- A cursor that was deleted and comes back counts from 1 again. So what ended before it was made fills
     -- gaps, but proves no fault. Nor does what ended in the first minute of the history's first day: what ended
-    -- in the same settle may have gone with the day before.
+    -- in the same settle may have gone with the day before. Nor what ended before the queue kept a history (again).
     select f.queue, f.cursor_key as key, f.id, f.cursor_version as version,
       f.finished_at >= k.made_at as counts,
       f.finished_at >= k.made_at
-        and f.finished_at > date_trunc('day', min(f.finished_at) over (), 'UTC') + interval '1 min' as inside
+        and f.finished_at > date_trunc('day', min(f.finished_at) over (), 'UTC') + interval '1 min'
+        and f.finished_at > coalesce(q.history_from, '-infinity') as inside
     from finished_jobs f join cursor_keys k on k.queue = f.queue and k.key = f.cursor_key
+    left join queues q on q.name = f.queue
     where f.cursor_version is not null
   ), chain as materialized (
     select v.*, lag(v.version) over w as before, lag(v.id) over w as job_before,

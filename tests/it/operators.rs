@@ -117,3 +117,36 @@ async fn a_failure_may_halt_its_cursor_until_it_is_resumed() {
     assert_eq!(state, serde_json::json!([1, 2]));
     node.drain().await.unwrap();
 }
+
+#[actix::test]
+async fn a_queue_may_keep_nothing_of_what_completes() {
+    let db = database().await;
+    let sql = db.sql().await;
+    // Two jobs of a cursor complete, and one fails.
+    let three = async || {
+        let n = |n| NewJob::new("append", format!(r#"{{"n":{n}}}"#)).cursor("a");
+        db.client.enqueue_many((1..=2).map(n)).await.unwrap();
+        db.client.enqueue(NewJob::new("fail", "null")).await.unwrap();
+        for _ in 0..3 {
+            let settle =
+                "select settle(c.id, c.token, case kind when 'fail' then 'failed' else 'completed' end) from claim() c";
+            sql.batch_execute(settle).await.unwrap();
+        }
+    };
+    let history = async || {
+        let of = "select coalesce(string_agg(state || coalesce(' ' || cursor_version, ''), ', ' order by id), '') from finished_jobs";
+        sql.query_one(of, &[]).await.unwrap().get::<_, String>(0)
+    };
+    sql.batch_execute("select keep_history('default', false)").await.unwrap();
+    three().await;
+    assert_eq!(history().await, "failed");
+    sql.batch_execute("select keep_history('default', true)").await.unwrap();
+    three().await;
+    assert_eq!(history().await, "failed, completed 3, completed 4, failed");
+    sql.batch_execute("select keep_history('default', false)").await.unwrap();
+    three().await;
+    sql.batch_execute("select keep_history('default', true), keep_history('default', true)").await.unwrap();
+    three().await;
+    assert_eq!(history().await, "failed, completed 3, completed 4, failed, failed, completed 7, completed 8, failed");
+    assert_eq!(run(&db.url, &["verify"]).await.0, 0, "what was not kept is no gap");
+}
