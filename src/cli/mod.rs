@@ -1,5 +1,6 @@
 //! The command line. One file a subcommand; this one parses, finds the database and prints errors.
 
+mod bench;
 mod cursors;
 mod dev;
 mod enqueue;
@@ -65,6 +66,8 @@ enum Command {
     },
     /// Queues, nodes and what finished lately
     Status(status::Status),
+    /// Measure what pgcue does on this machine, beside the bare limit of the database
+    Bench(Box<bench::Bench>),
     /// Look for broken promises in the tables, and repair them
     Verify(verify::Verify),
 }
@@ -142,6 +145,7 @@ async fn run(cli: Cli) -> Result<()> {
             Ok(())
         }
         Command::Status(status) => status.run(&common).await,
+        Command::Bench(bench) => bench.run(&common).await,
         Command::Verify(verify) => verify.run(&common).await,
     }
 }
