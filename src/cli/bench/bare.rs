@@ -19,18 +19,7 @@ const COLUMNS: &str = "select string_agg(quote_ident(j.attname), ', ' order by j
 
 /// Load so many jobs into a table of its own, and work them off. Returns jobs a second and bytes of WAL a job.
 pub(super) async fn burn_down(place: &Place, jobs: i64, batch: u32, payload: u32) -> Result<(f64, f64)> {
-    let options: Option<String> = {
-        let options = "select array_to_string(reloptions, ', ') from pg_class where oid = 'jobs'::regclass";
-        place.sql.query_typed(options, &[]).await?[0].get(0)
-    };
-    let with = options.map(|options| format!("with ({options})")).unwrap_or_default();
-    place
-        .sql
-        .batch_execute(&format!(
-            "create table bare_jobs (like jobs including all) {with}; \
-             create table bare_history (like finished_jobs including all)"
-        ))
-        .await?;
+    tables(place).await?;
     Rows { table: "bare_jobs", kind: "noop", count: jobs, cursors: 0, payload }.load(place).await?;
     place.sql.batch_execute("analyze bare_jobs").await?;
     let columns: String = place.sql.query_typed(COLUMNS, &[]).await?[0].get(0);
@@ -55,4 +44,16 @@ pub(super) async fn burn_down(place: &Place, jobs: i64, batch: u32, payload: u32
     }
     place.sql.batch_execute("drop table bare_jobs, bare_history").await?;
     Ok((jobs as f64 / seconds, wal as f64 / jobs as f64))
+}
+
+/// The tables `bare_jobs` and `bare_history`: pgcue's columns, defaults, checks and indexes, and no triggers.
+pub(super) async fn tables(place: &Place) -> Result<()> {
+    let options = "select array_to_string(reloptions, ', ') from pg_class where oid = 'jobs'::regclass";
+    let options: Option<String> = place.sql.query_typed(options, &[]).await?[0].get(0);
+    let with = options.map(|options| format!("with ({options})")).unwrap_or_default();
+    let create = format!(
+        "create table bare_jobs (like jobs including all) {with}; \
+         create table bare_history (like finished_jobs including all)"
+    );
+    Ok(place.sql.batch_execute(&create).await?)
 }

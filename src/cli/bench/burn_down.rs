@@ -19,22 +19,22 @@ use crate::error::Result;
 pub(super) struct BurnDown {
     /// So many jobs
     #[arg(long, value_name = "N", default_value_t = 100_000, value_parser = clap::value_parser!(i64).range(1..))]
-    pub(super) jobs: i64,
+    jobs: i64,
     /// So many run at once on a node
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=10_000))]
-    pub(super) slots: u32,
+    slots: u32,
     /// So many nodes
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=20))]
-    pub(super) nodes: u32,
+    nodes: u32,
     #[command(flatten)]
     #[serde(flatten)]
-    pub(super) shape: Shape,
+    shape: Shape,
     /// Each job's payload has about so many bytes
     #[arg(long, value_name = "BYTES", default_value_t = 2, value_parser = clap::value_parser!(u32).range(2..=100_000_000))]
-    pub(super) payload: u32,
+    payload: u32,
     #[command(flatten)]
     #[serde(flatten)]
-    pub(super) backdrop: Backdrop,
+    backdrop: Backdrop,
     /// So many rounds, each beside a bare one; the medians are reported, and each round
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: u32,
@@ -47,6 +47,11 @@ pub(super) struct BurnDown {
 }
 
 impl BurnDown {
+    /// One round of such jobs, without the bare limit.
+    pub(super) fn of(jobs: i64, slots: u32, nodes: u32, shape: Shape, backdrop: Backdrop) -> Self {
+        BurnDown { jobs, slots, nodes, shape, payload: 2, backdrop, rounds: 1, bare_jobs: Some(0), batch: 1 }
+    }
+
     pub(super) async fn run(&self, place: &Place) -> Result<Found> {
         let mut rounds = Vec::new();
         for n in 1..=self.rounds {
@@ -87,7 +92,7 @@ impl BurnDown {
         let nodes = Nodes::start(place, self.nodes as usize, self.slots as usize, state as usize).await?;
         let meter = Meter::begin(place, &nodes).await?;
         place.sql.query_typed("select resume('default')", &[]).await?;
-        let mut round = meter.until_gone(place, nodes, last, self.jobs).await?;
+        let mut round = meter.until_gone(place, nodes, first, last, self.jobs).await?;
         round.extend(place.times(first, last, false).await?);
         place.verify().await?;
         Ok(round)

@@ -2,8 +2,10 @@
 
 use std::time::{Duration, Instant};
 
+use jiff::Timestamp;
 use serde_json::{Map, Value, json};
-use tokio_postgres::types::Type;
+use tokio_postgres::Row;
+use tokio_postgres::types::{ToSql, Type};
 
 use super::load::bar;
 use super::node::Nodes;
@@ -46,7 +48,7 @@ impl Meter {
         Ok(Meter { wal, commits, rest, begin: Reading::take(place, nodes) })
     }
 
-    /// Wait until the jobs up to this id are gone, which are so many, and say what they took. The nodes are stopped.
+    /// Wait until the jobs between two ids are gone, which are so many, and say what they took. The nodes are stopped.
     ///
     /// Nobody asks the server before the nodes have begun all of them; then from the newest job on, so that the dead
     /// ones are walked over only by the question that finds nothing, and the clock is read before that one.
@@ -54,6 +56,7 @@ impl Meter {
         self,
         place: &Place,
         mut nodes: Nodes,
+        first: i64,
         last: i64,
         jobs: i64,
     ) -> Result<Map<String, Value>> {
@@ -66,13 +69,19 @@ impl Meter {
         progress.finish_and_clear();
         let end = loop {
             let reading = Reading::take(place, &nodes);
-            let left = "select from jobs where id <= $1 order by id desc limit 1";
-            if place.sql.query_typed(left, &[(&last, Type::INT8)]).await?.is_empty() {
+            let left = "select from jobs where id between $1 and $2 order by id desc limit 1";
+            if place.sql.query_typed(left, &[(&first, Type::INT8), (&last, Type::INT8)]).await?.is_empty() {
                 break reading;
             }
             tokio::time::sleep(ASK).await;
             nodes.check()?;
         };
+        self.end(place, nodes, end, jobs).await
+    }
+
+    /// End at once.
+    pub(super) async fn stop(self, place: &Place, nodes: Nodes, jobs: i64) -> Result<Map<String, Value>> {
+        let end = Reading::take(place, &nodes);
         self.end(place, nodes, end, jobs).await
     }
 
@@ -101,6 +110,13 @@ impl Meter {
     }
 }
 
+/// The percentiles that are reported everywhere.
+pub(super) fn percentiles(mut of: Vec<f64>) -> Value {
+    of.sort_by(f64::total_cmp);
+    let at = |share: f64| of.get(((of.len() as f64 - 1.0) * share).round() as usize);
+    json!({"p50": at(0.5), "p95": at(0.95), "p99": at(0.99), "max": at(1.0)})
+}
+
 /// The fields of what is an object.
 pub(super) fn fields(value: Value) -> Map<String, Value> {
     match value {
@@ -123,9 +139,10 @@ impl Place {
         Ok(self.sql.query_typed(commits, &[]).await?[0].get(0))
     }
 
-    /// Wait until the sessions of the nodes have ended, and so told the statistics what they did.
+    /// Wait until the other sessions of this bench have ended, and so told the statistics what they did.
     async fn settle_statistics(&self) -> Result<()> {
-        let open = "select from pg_stat_activity where application_name like 'pgcue ' || $1 || ' %' limit 1";
+        let open = "select from pg_stat_activity where pid <> pg_backend_pid() \
+            and (application_name = $1 or application_name like 'pgcue ' || $1 || ' %') limit 1";
         for _ in 0..1000 {
             if self.sql.query_typed(open, &[(&self.name, Type::TEXT)]).await?.is_empty() {
                 break;
@@ -153,19 +170,40 @@ impl Place {
     /// Percentiles of waiting and running in milliseconds, of the jobs between two ids; null without a history.
     /// stamps: also what the jobs themselves answered.
     pub(super) async fn times(&self, first: i64, last: i64, stamps: bool) -> Result<Map<String, Value>> {
-        let row = &self
-            .sql
-            .query_typed(include_str!("times.sql"), &[(&first, Type::INT8), (&last, Type::INT8), (&stamps, Type::BOOL)])
-            .await?[0];
-        let of = |column| {
-            let found: Option<Vec<f64>> = row.get(column);
-            let at = |n: usize| found.as_ref().map(|found| found[n]);
-            json!({"p50": at(0), "p95": at(1), "p99": at(2), "max": at(3)})
-        };
-        let mut times = fields(json!({"wait_ms": of(0), "run_ms": of(1)}));
-        if stamps {
-            times.insert("stamp_ms".into(), of(2));
-        }
-        Ok(times)
+        let of: [(&(dyn ToSql + Sync), Type); 3] = [(&first, Type::INT8), (&last, Type::INT8), (&stamps, Type::BOOL)];
+        let text = include_str!("times.sql").replace(":which", "f.id between $1 and $2").replace(":group", "1");
+        let rows = self.sql.query_typed(&text, &of).await?;
+        Ok(times(rows.first(), stamps))
     }
+
+    /// The same of the jobs that finished between each of these moments and the next.
+    pub(super) async fn times_between(&self, ends: &[Timestamp], stamps: bool) -> Result<Vec<Map<String, Value>>> {
+        let (first, last) = (ends.first(), ends.last());
+        let of: [(&(dyn ToSql + Sync), Type); 4] = [
+            (&first, Type::TIMESTAMPTZ),
+            (&last, Type::TIMESTAMPTZ),
+            (&stamps, Type::BOOL),
+            (&ends, Type::TIMESTAMPTZ_ARRAY),
+        ];
+        let text = include_str!("times.sql")
+            .replace(":which", "f.finished_at >= $1 and f.finished_at < $2")
+            .replace(":group", "width_bucket(f.finished_at, $4)");
+        let rows = self.sql.query_typed(&text, &of).await?;
+        let of = |n: usize| times(rows.iter().find(|row| row.get::<_, i32>(0) as usize == n), stamps);
+        Ok((1..ends.len()).map(of).collect())
+    }
+}
+
+/// A row of `times.sql`; without one, nulls.
+fn times(row: Option<&Row>, stamps: bool) -> Map<String, Value> {
+    let of = |column| {
+        let found: Option<Vec<f64>> = row.and_then(|row| row.get(column));
+        let at = |n: usize| found.as_ref().map(|found| found[n]);
+        json!({"p50": at(0), "p95": at(1), "p99": at(2), "max": at(3)})
+    };
+    let mut times = fields(json!({"wait_ms": of(1), "run_ms": of(2)}));
+    if stamps {
+        times.insert("stamp_ms".into(), of(3));
+    }
+    times
 }

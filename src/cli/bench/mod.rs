@@ -5,12 +5,15 @@
 
 mod bare;
 mod burn_down;
+mod enqueue;
+mod latency;
 mod load;
 mod measure;
 mod node;
 mod place;
 mod process;
 mod report;
+mod soak;
 
 use clap::{Args, Subcommand, ValueEnum};
 use serde::Serialize;
@@ -53,6 +56,12 @@ enum Switch {
 enum What {
     /// Jobs that wait already: how fast nodes work them off
     BurnDown(burn_down::BurnDown),
+    /// Single jobs for a node that sleeps: how soon it starts them
+    Latency(latency::Latency),
+    /// Many producers at once: how fast jobs get in
+    Enqueue(enqueue::Enqueue),
+    /// Jobs at a steady rate: whether it stays as it is, also while something pins a snapshot
+    Soak(soak::Soak),
     /// A node of a bench, which ends with it
     #[command(hide = true)]
     Node(node::BenchNode),
@@ -68,6 +77,9 @@ impl Bench {
         let work = async {
             match &what {
                 What::BurnDown(burn_down) => burn_down.run(&place).await,
+                What::Latency(latency) => latency.run(&place).await,
+                What::Enqueue(enqueue) => enqueue.run(&place).await,
+                What::Soak(soak) => soak.run(&place).await,
                 What::Node(_) => unreachable!("it needs no place"),
             }
         };

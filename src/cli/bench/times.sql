@@ -1,5 +1,6 @@
--- How long the jobs $1 to $2 waited and ran, and, if $3, what they answered themselves; in milliseconds.
+-- How long jobs waited and ran, and, if $3, what they answered themselves; in milliseconds, a row a group.
 select
+  :group,
   percentile_cont('{0.5, 0.95, 0.99, 1}'::float8[]) within group (
     order by extract(epoch from f.started_at - greatest(f.created_at, f.run_at))::float8 * 1000),
   percentile_cont('{0.5, 0.95, 0.99, 1}'::float8[]) within group (
@@ -7,4 +8,5 @@ select
   percentile_cont('{0.5, 0.95, 0.99, 1}'::float8[]) within group (
     order by case when $3 then f.result::text::float8 / 1000 end)
 from finished_jobs f
-where f.id between $1 and $2
+where :which
+group by 1
