@@ -1,6 +1,7 @@
 //! Everything that needs a real PostgreSQL, in one program, so that one private server serves it all.
 
 mod actix_facts;
+mod bench;
 mod checker;
 mod cli;
 mod collapse;

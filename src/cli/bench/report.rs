@@ -116,6 +116,7 @@ fn table(rows: &[Value]) {
         .map(|row| {
             let mut lines = Vec::new();
             row.as_object().into_iter().flatten().for_each(|(name, value)| flatten(name, value, &mut lines));
+            lines.sort_by_key(|(name, _)| name != "second"); // what the others are over
             lines
         })
         .collect();

@@ -46,7 +46,7 @@ pub(super) struct Soak {
     #[command(flatten)]
     #[serde(flatten)]
     backdrop: Backdrop,
-    /// How often it says how it goes; at least four times in all
+    /// How often it says how it goes, about; at least four times in all
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = positive)]
     interval: f64,
     /// So many run at once on a node
@@ -114,7 +114,7 @@ impl Soak {
     /// Produce, look, and pin, until the time is over. The first sight is of the beginning.
     async fn watch(&self, place: &Place, nodes: &Nodes, producer: &mut Producer) -> Result<Vec<Sight>> {
         let time = Duration::from_secs_f64(self.minutes * 60.0);
-        let interval = Duration::from_secs_f64(self.interval).min(time / 4);
+        let interval = time / ((self.minutes * 60.0 / self.interval).round() as u32).max(4);
         let begin = Instant::now();
         let mut pin: Option<Client> = None;
         let mut sights = vec![look(place, nodes, 0, begin, false).await?];
@@ -178,14 +178,14 @@ async fn intervals(place: &Place, sights: &[Sight]) -> Result<Vec<Map<String, Va
     let row = |(pair, times): (&[Sight], Map<String, Value>)| {
         let [before, now] = pair else { unreachable!("windows of two") };
         let mut row = fields(json!({
-            "second": now.second.round(),
+            "second": now.second,
             "pinned": now.pinned,
             "jobs_per_second": (now.begun - before.begun) as f64 / (now.second - before.second),
             "waiting": now.enqueued - now.begun as i64,
             "dead_tuples": now.dead,
             "node_memory_bytes": now.memory,
         }));
-        row.extend(times);
+        row.extend(times.into_iter().filter(|(name, _)| name != "run_ms"));
         row
     };
     Ok(sights.windows(2).zip(times).map(row).collect())
