@@ -12,10 +12,12 @@ use super::place::Place;
 use super::report::{Found, asked};
 use crate::error::Result;
 
-/// The time runs from the moment when the queue is resumed, with the nodes ready and waiting, until the measured
-/// jobs are gone. Beside it, in the same run, the bare limit: the same durable transitions as a loop of plain SQL on
-/// the server, of jobs without cursors.
 #[derive(Args, Serialize)]
+#[command(
+    after_help = "The time runs from the moment when the queue is resumed, with the nodes ready and waiting, until the \
+    measured jobs are gone. Beside it, in the same run, the bare limit: the same durable transitions as a loop \
+    of plain SQL on the server, of jobs without cursors."
+)]
 pub(super) struct BurnDown {
     /// So many jobs
     #[arg(long, value_name = "N", default_value_t = 100_000, value_parser = clap::value_parser!(i64).range(1..))]
@@ -57,8 +59,14 @@ impl BurnDown {
         for n in 1..=self.rounds {
             eprintln!("round {n} of {}", self.rounds);
             place.fresh().await?;
-            let bare = self.bare(place).await?;
-            let mut round = self.round(place).await?;
+            // Whoever goes first finds a server that has rested.
+            let (bare, mut round) = if n % 2 == 1 {
+                let bare = self.bare(place).await?;
+                (bare, self.round(place).await?)
+            } else {
+                let round = self.round(place).await?;
+                (self.bare(place).await?, round)
+            };
             let speed = round["jobs_per_second"].as_f64();
             let ratio = bare.get("bare_jobs_per_second").and_then(Value::as_f64).zip(speed).map(|(b, s)| s / b);
             round.extend(bare);

@@ -20,10 +20,12 @@ use super::place::Place;
 use super::report::{Found, asked};
 use crate::error::Result;
 
-/// Beside it, alternately: the same producers with a bare INSERT or COPY into a table of the same columns, checks and
-/// indexes, without triggers. A node works the jobs off meanwhile, since producers need not wake one that is awake;
-/// what it costs is in the figures, and --no-node leaves it out.
 #[derive(Args, Serialize)]
+#[command(
+    after_help = "Beside it, alternately: the same producers with a bare INSERT or COPY into a table of the same columns, \
+    checks and indexes, without triggers. A node works the jobs off meanwhile, since producers need not wake \
+    one that is awake; what it costs is in the figures, and --no-node leaves it out."
+)]
 pub(super) struct Enqueue {
     /// So many producers, each with a session of its own
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=150))]

@@ -15,10 +15,12 @@ use super::place::Place;
 use super::report::{Found, asked};
 use crate::error::{Error, Result};
 
-/// `stamp_ms` is the time from just before the job was sent to the server until its handler began: the commit, the
-/// waking and the claim are in it. `enqueue_ms` is how long the enqueueing itself took, as its caller saw it. Jobs
-/// are sent at their time, whether the ones before were answered or not.
 #[derive(Args, Serialize)]
+#[command(
+    after_help = "stamp_ms is the time from just before the job was sent to the server until its handler began: the commit, \
+    the waking and the claim are in it. enqueue_ms is how long the enqueueing itself took, as its caller saw \
+    it. Jobs are sent at their time, whether the ones before were answered or not."
+)]
 pub(super) struct Latency {
     /// So many jobs a second, each in a transaction of its own
     #[arg(long, value_name = "PER_SECOND", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=10_000))]

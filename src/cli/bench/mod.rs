@@ -23,10 +23,12 @@ use crate::error::{Error, Result};
 use crate::node::stop_signal;
 use place::Place;
 
-/// Without --database-url (or its environment variables) a private PostgreSQL is started for it, with fsync. The
-/// schema is pgcue_bench, or --schema: it is made, and dropped at the end; one that bench did not make is refused.
-/// Progress goes to standard error.
 #[derive(Args)]
+#[command(
+    after_help = "Without --database-url (or its environment variables) a private PostgreSQL is started for it, with fsync. \
+    The schema is pgcue_bench, or --schema: it is made, and dropped at the end; one that bench did not make is \
+    refused. Progress goes to standard error."
+)]
 pub(super) struct Bench {
     #[command(subcommand)]
     what: What,

@@ -25,11 +25,13 @@ const ON_THE_WAY: usize = 500;
 /// The jobs of the burn-down that finds the peak.
 const PEAK: i64 = 50_000;
 
-/// Every interval it says how many jobs a second began, how long they waited, and what lies about. `pinned` and
-/// `trend` tell what changes while a snapshot is held: vacuum may remove nothing then. The trend is the slope of
-/// jobs a second over the last three quarters of the time, in percent of their mean for each million jobs. Here the
-/// --backlog is of a kind that no node handles, so that it stays.
 #[derive(Args, Serialize)]
+#[command(
+    after_help = "Every interval it says how many jobs a second began, how long they waited, and what lies about. pinned and \
+    trend tell what changes while a snapshot is held: vacuum may remove nothing then. The trend is the slope \
+    of jobs a second over the last three quarters of the time, in percent of their mean for each million jobs. \
+    Here the --backlog is of a kind that no node handles, so that it stays."
+)]
 pub(super) struct Soak {
     /// So many jobs a second; 0: 60% of a peak that is measured first, by a burn-down
     #[arg(long, value_name = "PER_SECOND", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
