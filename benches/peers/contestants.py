@@ -36,15 +36,15 @@ CONTESTANTS = {
     "graphile_worker": {
         "label": "graphile_worker (Rust)",
         "driver": [CACHE / "cargo" / "release" / "graphile_worker_bench"],
-        "settings": "a local queue of 2,000, 48 at once, completions batched after 1 ms, filled by SQL `add_jobs`; "
+        "settings": "a local queue of 5,000, 48 at once, completions batched after 1 ms, filled by SQL `add_jobs`; "
         "for latency 4 at once without local queue and batches",
         **GRAPHILE,
     },
     "graphile-worker": {
         "label": "graphile-worker (Node)",
         "driver": [NODE, CACHE / "node" / "graphile-worker.mjs"],
-        "settings": "a local queue of 2,000, 48 at once, `completeJobBatchDelay` 0, filled by SQL `add_jobs`; for "
-        "latency 4 at once without local queue and batches",
+        "settings": "a local queue of 2,000, 200 at once, `completeJobBatchDelay` 0, filled by SQL `add_jobs`; for "
+        "latency 1 at once without local queue and batches",
         **GRAPHILE,
     },
     "pg-boss": {
@@ -55,7 +55,7 @@ CONTESTANTS = {
         "left": "select count(*) from pgboss.job where name = 'noop'",
         "keeps": "every job, for 7 days",
         "settings": "batches of 1,000, 4 at once, `burstWhenBatchFull`, filled by `insert`; for latency "
-        "LISTEN/NOTIFY and batches of 1, 4 at once",
+        "LISTEN/NOTIFY and batches of 10, 1 at once",
     },
     "procrastinate": {
         "label": "procrastinate (Python)",
@@ -64,7 +64,8 @@ CONTESTANTS = {
         "done": "select not exists (select from procrastinate_jobs where status in ('todo', 'doing'))",
         "left": "select count(*) from procrastinate_jobs",
         "keeps": "every job",
-        "settings": "4 workers with 20 jobs at once each in one process, uvloop, filled by `batch_defer`",
+        "settings": "4 workers with 20 jobs at once each in one process, uvloop, filled by `batch_defer`; "
+        "for latency 1 worker with 4 at once",
     },
     "pgqueuer": {
         "label": "pgqueuer (Python)",

@@ -103,7 +103,7 @@ def commands(options, results):
         if "bench" in CONTESTANTS[name]:
             lines = [("burn-down", "--jobs", jobs, "--bare-jobs", 0), ("latency", "--rate", pace[0], "--seconds", pace[1])]
         else:
-            lines = [("burn", jobs), ("work",), ("send", *pace)]
+            lines = [("burn", jobs), ("work", pace[0] * pace[1]), ("send", *pace)]
         for line in lines:
             yield " ".join(command(name, *line)).replace(f"{ROOT}/", "")
 
@@ -133,7 +133,7 @@ offers each has those that were fastest in a few trials, for burn-down and laten
 
 Machine: {facts['machine']}. Server: {facts['server']}, {settings}, on the same machine.
 
-Commands, each with `DATABASE_URL` (`--database-url` for pgcue); `work` and `burn` wait for a line before they go on:
+Commands, each with `DATABASE_URL` (`--database-url` for pgcue); `burn` waits for a line before it goes on:
 
 ```sh
 {chr(10).join(commands(options, results))}

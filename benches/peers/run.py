@@ -7,7 +7,7 @@ by round, so that what disturbs the machine disturbs them alike. Everything is i
 A driver is a program with DATABASE_URL in its environment and three commands, each one process:
   burn N             migrate, enqueue N no-op jobs in bulk, print "ready", wait for a line, run a worker,
                      print "handled" when N handlers have run
-  work               migrate, run an idle worker, print "ready", wait for a line, print the latencies (us)
+  work N             migrate, run an idle worker, print "ready", and when N jobs came their latencies (us)
   send RATE SECONDS  enqueue single jobs at that pace with the time (us) in the payload
 """
 
@@ -101,17 +101,12 @@ def burn_down(name, url, database, jobs):
 
 def latency(name, url, rate, seconds):
     """Milliseconds from just before the enqueuing call in one process to the handler in another."""
-    with Driver(name, url, "work") as worker:
+    with Driver(name, url, "work", rate * seconds) as worker:
         worker.hear("ready")
         with Driver(name, url, "send", rate, seconds) as sender:
             if sender.process.wait(TIMEOUT):
                 raise SystemExit(f"{name}: the sender failed")
-        time.sleep(1)
-        worker.say()
-        took = json.loads(worker.hear())
-    if len(took) != rate * seconds:
-        raise SystemExit(f"{name}: {len(took)} of {rate * seconds} jobs arrived")
-    took = sorted(took)
+        took = sorted(json.loads(worker.hear()))
     return {f"p{p}": took[max(0, -(-len(took) * p // 100) - 1)] / 1000 for p in (50, 95, 99)}
 
 
@@ -128,7 +123,7 @@ def measure(what, name, url, database, options):
         if not ours:
             return latency(name, url, rate, seconds)
         found = pgcue(name, url, "latency", "--rate", rate, "--seconds", seconds)
-        return {p: found["stamp"][p] for p in ("p50", "p95", "p99")}
+        return {p: found["stamp_ms"][p] for p in ("p50", "p95", "p99")}
     jobs = max(100, int(options.jobs * CONTESTANTS[name]["share"]))
     if not ours:
         return burn_down(name, url, database, jobs)

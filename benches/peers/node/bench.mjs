@@ -2,6 +2,7 @@
 import { createInterface } from 'node:readline'
 import { setTimeout as sleep } from 'node:timers/promises'
 
+export { sleep }
 const lines = createInterface({ input: process.stdin })[Symbol.asyncIterator]()
 export const hear = () => lines.next()
 export const say = (line) => process.stdout.write(line + '\n')
@@ -15,11 +16,14 @@ export const now = () => Math.round((offset + performance.now()) * 1000)
 
 export const [command, ...numbers] = process.argv.slice(2).map((a, i) => (i ? Number(a) : a))
 
+// Each at its time, whether the ones before were answered or not.
 export async function paced (rate, seconds, send) {
+  const sent = []
   const start = performance.now()
   for (let i = 0; i < rate * seconds; i++) {
     const wait = start + (i * 1000) / rate - performance.now()
     if (wait > 0) await sleep(wait)
-    await send()
+    sent.push(send())
   }
+  await Promise.all(sent)
 }

@@ -1,6 +1,6 @@
 // pg-boss (npm). See ../run.py for what the three commands have to do.
 import { PgBoss } from 'pg-boss'
-import { command, hear, now, numbers, paced, say, setting } from './bench.mjs'
+import { command, hear, now, numbers, paced, say, setting, sleep } from './bench.mjs'
 
 // Listening is off by default; with it workers are woken instead of polling (every 2 s by default).
 const boss = new PgBoss({ connectionString: process.env.DATABASE_URL, max: 25, useListenNotify: true })
@@ -10,7 +10,8 @@ await boss.createQueue('noop', { notify: true })
 
 if (command === 'burn') {
   // Batches are its way to throughput: a handler gets batchSize jobs, and they are completed together;
-  // burstWhenBatchFull fetches the next at once, localConcurrency has several in flight.
+  // burstWhenBatchFull fetches the next at once, localConcurrency has several in flight. Tried: batches of 200, 2,000 and 5,000;
+  // 2 and 8 in flight.
   const options = {
     batchSize: setting('BATCH', 1000),
     localConcurrency: setting('CONCURRENCY', 4),
@@ -29,14 +30,15 @@ if (command === 'burn') {
   })
   await hear()
 } else if (command === 'work') {
+  // Batches of 1 lose wake-ups: some jobs wait for the next poll. 4 at once were slower.
   const latencies = []
-  const options = { batchSize: setting('BATCH', 1), localConcurrency: setting('CONCURRENCY', 4) }
+  const options = { batchSize: setting('BATCH', 10), localConcurrency: setting('CONCURRENCY', 1) }
   await boss.work('noop', options, async (jobs) => {
     for (const { data } of jobs) latencies.push(now() - data.us)
   })
-  await new Promise((resolve) => setTimeout(resolve, 1000))
+  await sleep(1000)
   say('ready')
-  await hear()
+  while (latencies.length < numbers[0]) await sleep(10)
   say(JSON.stringify(latencies))
 } else {
   await paced(...numbers, () => boss.send('noop', { us: now() }))

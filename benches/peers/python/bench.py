@@ -27,10 +27,12 @@ def setting(name, default):
 
 
 async def paced(rate, seconds, send):
-    start = time.monotonic()
+    """Each at its time, whether the ones before were answered or not."""
+    start, sent = time.monotonic(), []
     for i in range(rate * seconds):
         await asyncio.sleep(max(0, start + i / rate - time.monotonic()))
-        await send()
+        sent.append(asyncio.ensure_future(send()))
+    await asyncio.gather(*sent)
 
 
 def main(burn, work, send):

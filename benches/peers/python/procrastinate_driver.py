@@ -26,9 +26,12 @@ async def stamp(us):
     latencies.append(now() - us)
 
 
-async def work_in_background(**options):
-    """A worker fetches one job at a time; concurrency is how many run and complete meanwhile. So several."""
-    for _ in range(setting("WORKERS", 4)):
+async def work_in_background(workers, **options):
+    """A worker fetches one job at a time; concurrency is how many run and complete meanwhile. So several.
+
+    Tried: 1, 2 and 8 workers, 5 at once, deleting what is done, asyncio's own loop.
+    """
+    for _ in range(workers):
         background.append(asyncio.create_task(app.run_worker_async(install_signal_handlers=False, **options)))
 
 
@@ -42,17 +45,18 @@ async def burn(n):
         say("ready")
         await hear()
         delete = "successful" if setting("DELETE", 0) else "never"
-        await work_in_background(concurrency=setting("CONCURRENCY", 20), delete_jobs=delete)
+        await work_in_background(setting("WORKERS", 4), concurrency=setting("CONCURRENCY", 20), delete_jobs=delete)
         await hear()
 
 
-async def work():
+async def work(n):
     async with app.open_async():
         await app.schema_manager.apply_schema_async()
-        await work_in_background(concurrency=setting("CONCURRENCY", 4))
+        await work_in_background(setting("WORKERS", 1), concurrency=setting("CONCURRENCY", 4))
         await asyncio.sleep(1)
         say("ready")
-        await hear()
+        while len(latencies) < n:
+            await asyncio.sleep(0.01)
         say(latencies)
 
 
