@@ -99,11 +99,11 @@ def picture(results, path):
 def commands(options, results):
     """One line for each process that measures, to be repeated by hand."""
     for name in results:
-        jobs, pace = results[name]["burn"][0]["jobs"], (options.rate, options.latency_seconds // options.rounds)
+        jobs, pace = results[name]["burn"][0]["jobs"], (options.rate, max(1, options.latency_seconds // options.rounds))
         if "bench" in CONTESTANTS[name]:
             lines = [("burn-down", "--jobs", jobs, "--bare-jobs", 0), ("latency", "--rate", pace[0], "--seconds", pace[1])]
         else:
-            lines = [("burn", jobs), ("work", pace[0] * pace[1]), ("send", *pace)]
+            lines = [("burn", jobs), ("work", pace[0] * (pace[1] + 1)), ("send", pace[0], pace[1] + 1)]
         for line in lines:
             yield " ".join(command(name, *line)).replace(f"{ROOT}/", "")
 
@@ -125,7 +125,8 @@ under `target/peers/`. Medians of {options.rounds} rounds; a ratio to pgcue is t
 **Burn-down** (jobs/s): no-op jobs are enqueued in bulk, then `vacuum analyze`; the clock runs from the start of the run
 of one worker process, warm and connected, until the last job is completed in the database. pgcue's node is started
 before the clock and its queue paused until then. **Latency** (ms): {options.rate} single jobs a second from one process to an
-idle worker in another, from just before the enqueuing call to the handler's first statement. Each measurement has a
+idle worker in another, from just before the enqueuing call to the handler's first statement, without the first second
+(pgcue's is connected and prepared beforehand instead). Each measurement has a
 fresh database, after a `checkpoint`; the queues take turns round by round. Of the settings that its documentation
 offers each has those that were fastest in a few trials, for burn-down and latency apart:
 

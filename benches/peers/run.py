@@ -100,13 +100,16 @@ def burn_down(name, url, database, jobs):
 
 
 def latency(name, url, rate, seconds):
-    """Milliseconds from just before the enqueuing call in one process to the handler in another."""
-    with Driver(name, url, "work", rate * seconds) as worker:
+    """Milliseconds from just before the enqueuing call in one process to the handler in another.
+
+    The first second, in which the sender connects and everything warms up, is not counted.
+    """
+    with Driver(name, url, "work", rate * (seconds + 1)) as worker:
         worker.hear("ready")
-        with Driver(name, url, "send", rate, seconds) as sender:
+        with Driver(name, url, "send", rate, seconds + 1) as sender:
             if sender.process.wait(TIMEOUT):
                 raise SystemExit(f"{name}: the sender failed")
-        took = sorted(json.loads(worker.hear()))
+        took = sorted(json.loads(worker.hear())[rate:])
     return {f"p{p}": took[max(0, -(-len(took) * p // 100) - 1)] / 1000 for p in (50, 95, 99)}
 
 
