@@ -44,7 +44,7 @@ CONTESTANTS = {
         "label": "graphile-worker (Node)",
         "driver": [NODE, CACHE / "node" / "graphile-worker.mjs"],
         "settings": "a local queue of 2,000, 200 at once, `completeJobBatchDelay` 0, filled by SQL `add_jobs`; for "
-        "latency 1 at once without local queue and batches",
+        "latency 10 at once without local queue and batches",
         **GRAPHILE,
     },
     "pg-boss": {

@@ -88,7 +88,6 @@ def picture(results, path):
             halves = [middle(results[name]["latency"], "p50") for name in late]
             right.bar_label(bars, [f"{h:.1f} / {v:.1f}" for h, v in zip(halves, values)], padding=3)
     right.set_title("latency, ms: p50 / p99 (less is better)")
-    right.set_xscale("log")
     right.margins(x=0.25)
     for axes in (left, right):
         axes.invert_yaxis()
@@ -101,7 +100,8 @@ def commands(options, results):
     for name in results:
         jobs, pace = results[name]["burn"][0]["jobs"], (options.rate, max(1, options.latency_seconds // options.rounds))
         if "bench" in CONTESTANTS[name]:
-            lines = [("burn-down", "--jobs", jobs, "--bare-jobs", 0), ("latency", "--rate", pace[0], "--seconds", pace[1])]
+            lines = [("burn-down", "--jobs", jobs, "--bare-jobs", 0)]
+            lines += [("latency", "--rate", pace[0], "--seconds", pace[1])]
         else:
             lines = [("burn", jobs), ("work", pace[0] * (pace[1] + 1)), ("send", pace[0], pace[1] + 1)]
         for line in lines:
@@ -113,6 +113,7 @@ def write(options, results, facts):
     picture(results, options.out.with_name("results.svg"))
     settings = ", ".join(f"`{name} = {value}`" for name, value in facts["settings"].items())
     asked = f"--jobs {options.jobs} --rounds {options.rounds} --latency-seconds {options.latency_seconds}"
+    how = [f"- {CONTESTANTS[n]['label']}, {facts['versions'][n]}: {CONTESTANTS[n]['settings']}" for n in results]
     text = f"""# pgcue beside other PostgreSQL job queues
 
 Measured on {date.today()} by `python3 benches/peers/run.py {asked} --rate {options.rate}`, which installs what it needs
@@ -130,7 +131,7 @@ idle worker in another, from just before the enqueuing call to the handler's fir
 fresh database, after a `checkpoint`; the queues take turns round by round. Of the settings that its documentation
 offers each has those that were fastest in a few trials, for burn-down and latency apart:
 
-{chr(10).join(f"- {CONTESTANTS[name]['label']}, {facts['versions'][name]}: {CONTESTANTS[name]['settings']}" for name in results)}
+{chr(10).join(how)}
 
 Machine: {facts['machine']}. Server: {facts['server']}, {settings}, on the same machine.
 

@@ -173,7 +173,8 @@ def main():
 
     import psycopg
 
-    facts = {"machine": report.machine(), "versions": {name: version(name) for name in options.only}, "settings": SETTINGS}
+    facts = {"machine": report.machine(), "settings": SETTINGS}
+    facts["versions"] = {name: version(name) for name in options.only}
     results = {name: {"burn": [], "latency": []} for name in options.only}
     server = Server()
     try:

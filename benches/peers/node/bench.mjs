@@ -11,7 +11,9 @@ export const setting = (name, other) => Number(process.env[name] ?? other)
 // The wall clock in microseconds. Date.now() is cut to milliseconds and a pause may fall between the two
 // readings; either makes the difference too small, so the greatest of many is the true one.
 let offset = 0
-for (const end = performance.now() + 20; performance.now() < end;) offset = Math.max(offset, Date.now() - performance.now())
+for (const end = performance.now() + 20; performance.now() < end;) {
+  offset = Math.max(offset, Date.now() - performance.now())
+}
 export const now = () => Math.round((offset + performance.now()) * 1000)
 
 export const [command, ...numbers] = process.argv.slice(2).map((a, i) => (i ? Number(a) : a))

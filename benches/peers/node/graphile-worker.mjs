@@ -30,7 +30,7 @@ if (command === 'burn') {
   await hear()
 } else if (command === 'work') {
   // No local queue and no batching: both trade latency for throughput.
-  const worker = { concurrentJobs: setting('CONCURRENCY', 1), logger }
+  const worker = { concurrentJobs: setting('CONCURRENCY', 10), logger }
   const latencies = []
   await run({ preset: { worker }, pgPool, taskList: { stamp: ({ us }) => { latencies.push(now() - us) } } })
   await sleep(1000)

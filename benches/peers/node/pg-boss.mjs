@@ -10,8 +10,8 @@ await boss.createQueue('noop', { notify: true })
 
 if (command === 'burn') {
   // Batches are its way to throughput: a handler gets batchSize jobs, and they are completed together;
-  // burstWhenBatchFull fetches the next at once, localConcurrency has several in flight. Tried: batches of 200, 2,000 and 5,000;
-  // 2 and 8 in flight.
+  // burstWhenBatchFull fetches the next at once, localConcurrency has several in flight. Tried: batches
+  // of 200, 2,000 and 5,000; 2 and 8 in flight.
   const options = {
     batchSize: setting('BATCH', 1000),
     localConcurrency: setting('CONCURRENCY', 4),
