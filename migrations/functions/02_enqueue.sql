@@ -30,19 +30,39 @@ end $$;
 create or replace trigger schedule_later before insert on jobs
   for each row when (new.run_at > now()) execute function schedule_later();
 
--- After each statement that inserts: add lanes that are new, wake the queues.
-create or replace function announce() returns trigger
+-- What inserts costs nothing but the conditions of its triggers: no call, no query. Who wakes, and who inserts into a
+-- lane, remembers it to the end of the transaction (or of the savepoint), so that a COPY does it once.
+
+-- Tell the sentry; the condition has tried the lock, see wake.
+create or replace function wake_sentry() returns trigger
 language plpgsql set search_path from current as $$
 begin
-  insert into lanes (queue, priority)
-    select distinct a.queue, a.priority from added a
-    where not exists (select from lanes l where l.queue = a.queue and l.priority = a.priority);
-  perform wake(a.queue) from (select distinct queue from added) a;
-  return null;
+  perform pg_notify(current_schema(), note), set_config('pgcue.notified', note, true)
+    from (select case when new.run_at > now() then 'due ' else 'wake ' end || new.queue as note) n;
+  return new;
 end $$;
 
-create or replace trigger announce after insert on jobs
-  referencing new table as added for each statement execute function announce();
+create or replace trigger wake_sentry before insert on jobs for each row
+  when (current_setting('pgcue.wake', true) is distinct from 'off'
+    and not pg_try_advisory_xact_lock_shared('jobs'::regclass::oid::int, hashtext(new.queue) & 63)
+    and current_setting('pgcue.notified', true)
+      is distinct from case when new.run_at > now() then 'due ' else 'wake ' end || new.queue)
+  execute function wake_sentry();
+
+-- A lane of another priority than 0, which every queue has, is noted when it is new.
+create or replace function note_lane() returns trigger
+language plpgsql set search_path from current as $$
+begin
+  if not exists (select from lanes l where l.queue = new.queue and l.priority = new.priority) then
+    insert into lanes (queue, priority) values (new.queue, new.priority);
+  end if;
+  perform set_config('pgcue.lane', new.priority || ' ' || new.queue, true);
+  return new;
+end $$;
+
+create or replace trigger note_lane before insert on jobs for each row
+  when (new.priority <> 0 and current_setting('pgcue.lane', true) is distinct from new.priority || ' ' || new.queue)
+  execute function note_lane();
 
 create or replace function enqueue(
   kind text,
@@ -178,6 +198,6 @@ begin
   returning j.id into id;
   collapsed := id <> new_id;
   if collapsed then
-    perform wake(coalesce(collapse.queue, 'default')); -- its time may be earlier now
+    perform wake(coalesce(collapse.queue, 'default'), 'due'); -- its time may be earlier now
   end if;
 end $$;

@@ -1,8 +1,11 @@
 -- Taking jobs out of the line under a lease.
+--
+-- Functions here and in 05_settle.sql that have no `set search_path` are called by such that have it: to set it once
+-- more takes longer than some of what they do.
 
 -- Under repeatable read a settle cannot see what was parked meanwhile, and strands the cursor.
 create or replace function require_read_committed() returns void
-language plpgsql set search_path from current as $$
+language plpgsql as $$
 begin
   if current_setting('transaction_isolation') <> 'read committed' then
     raise exception 'pgcue: this call needs isolation level read committed, not %',
@@ -23,10 +26,9 @@ create or replace function read_line(
   out tids tid[], out keys text[], out at_lane smallint[], out at_pos bigint[], out suspect smallint,
   out took_ms float8, out at_end boolean
 )
-language plpgsql set search_path from current as $$
+language plpgsql as $$
 #variable_conflict use_column
 declare
-  company smallint := coalesce((select max(c.losses) from claims c where c.lease = read_line.lease), 0);
   line_end bigint := (select last_value from line); -- read first: every pos above it is new to the scans
   lane smallint;
   mark bigint;
@@ -38,7 +40,9 @@ begin
     into tids, keys, at_lane, at_pos, suspect
     from jobs j
     where j.queue = read_line.queue and j.stage = 'suspect' and j.token is null
-      and (read_line.kinds is null or j.kind = any(read_line.kinds)) and (company = 0 or company = 1 and j.losses = 1)
+      and (read_line.kinds is null or j.kind = any(read_line.kinds))
+      and case (select max(c.losses) from claims c where c.lease = read_line.lease)
+        when 2 then false when 1 then j.losses = 1 else true end
     order by j.priority desc, j.pos limit 1;
   if found then
     lanes := null; marks := null; -- no lane was read
@@ -47,7 +51,7 @@ begin
 
   suspect := 0; tids := '{}'; keys := '{}'; at_lane := '{}'; at_pos := '{}'; at_end := true;
   for lane in
-    select distinct l.priority from lanes l where l.queue = read_line.queue order by l.priority desc
+    select l.priority from lanes l where l.queue = read_line.queue union select 0::smallint order by priority desc
   loop
     if cardinality(tids) >= read_line.max_jobs then
       at_end := false;
@@ -145,6 +149,7 @@ begin
 
   line_lanes := claim_lanes.lanes;
   line_marks := claim_lanes.marks;
+  select null::text[] as owned, null::int as left_at into runs;
   for again in 1 .. reads loop
     line := read_line(claim_lanes.lease, claim_lanes.queue, claim_lanes.kinds, claim_lanes.max_jobs, cutoff,
       line_lanes, line_marks);
@@ -157,7 +162,6 @@ begin
       ) l;
     contended := contended or cardinality(chosen) < cardinality(array_positions(line.keys, null));
 
-    select null::tid[] as tids, null::bigint[] as ids, null::text[] as owned, null::int as left_at into runs;
     exit when cardinality(array_remove(line.keys, null)) = 0;
     runs := own_cursors(claim_lanes.token, claim_lanes.queue, claim_lanes.kinds, cutoff, line.tids, line.keys,
       line.suspect > 0, claim_lanes.max_jobs - cardinality(chosen), claim_lanes.run_length,

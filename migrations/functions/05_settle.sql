@@ -16,7 +16,7 @@ create or replace function finish(
   ages_ms float8[], snapshots text[], versions bigint[],
   out done bigint[], out done_tokens bigint[], out halts bigint[], out halt_queues text[], out halt_keys text[]
 )
-language plpgsql set search_path from current as $$
+language plpgsql as $$
 #variable_conflict use_column
 declare
   ended timestamptz := clock_timestamp();
@@ -63,9 +63,9 @@ end $$;
 -- cursor that may run at once goes to the mailbox; pass_on picks the head.
 create or replace function put_back(
   tids tid[], ids bigint[], tokens bigint[], outcomes text[], errors text[], delays_ms float8[],
-  out done bigint[], out done_tokens bigint[], out queues text[]
+  out done bigint[], out done_tokens bigint[], out queues text[], out later text[]
 )
-language plpgsql set search_path from current as $$
+language plpgsql as $$
 #variable_conflict use_column
 begin
   with back as (
@@ -85,9 +85,11 @@ begin
       e(tid, id, token, outcome, error, delay_ms)
     where j.ctid = e.tid and j.id is not distinct from e.id and j.token = e.token
       and e.outcome in ('retry', 'snooze', 'release', 'lost')
-    returning j.id, e.token, j.queue
+    returning j.id, e.token, j.queue, j.stage
   )
-  select array_agg(b.id), array_agg(b.token), array_agg(distinct b.queue) into done, done_tokens, queues from back b;
+  select array_agg(b.id), array_agg(b.token), array_agg(distinct b.queue) filter (where b.stage <> 'scheduled'),
+      array_agg(distinct b.queue) filter (where b.stage = 'scheduled')
+    into done, done_tokens, queues, later from back b;
 end $$;
 
 -- The first step of a settle: let go of the cursors, each with the state and version that its run made.
@@ -167,6 +169,7 @@ declare
   finished record;
   back record;
   queues text[];
+  later text[];
   done bigint[] := '{}';
   done_tokens bigint[] := '{}';
 begin
@@ -217,6 +220,7 @@ begin
       done := done || back.done;
       done_tokens := done_tokens || back.done_tokens;
       queues := queues || back.queues;
+      later := later || back.later;
     end if;
     exit when cardinality(done) = cardinality(settle.ids);
     -- Hints age when a row is edited while it runs: find the rest by id, once.
@@ -234,6 +238,7 @@ begin
   delete from claims c where c.token = any(settle.tokens) and c.open <= 0;
   delete from leases l where l.id = any(settle.tokens) and not exists (select from claims c where c.lease = l.id);
   perform wake(q) from (select distinct q from unnest(queues) q where q is not null) w(q);
+  perform wake(q, 'due') from (select distinct q from unnest(later) q) w(q);
   if cardinality(done) < cardinality(settle.ids) then
     return array(
       select e.n from unnest(settle.ids, settle.tokens) with ordinality e(id, token, n)

@@ -69,7 +69,7 @@ begin
     select 'lane that is not read', l.queue, null, null, null,
       format('%s jobs of priority %s are in no lane: nobody reads them', l.jobs, l.priority), 'add the lane'
     from (select j.queue, j.priority, count(*) as jobs from jobs j group by j.queue, j.priority) l
-    where not exists (select from lanes k where k.queue = l.queue and k.priority = l.priority)
+    where l.priority <> 0 and not exists (select from lanes k where k.queue = l.queue and k.priority = l.priority)
     -- Claims and leases.
     union all
     select 'runs without a claim', r.queue, r.id, r.key, r.token, 'no claim holds it: nobody would take it back', 'put back'
@@ -195,7 +195,7 @@ begin
   when 'add the lane' then
     insert into lanes (queue, priority)
       select distinct j.queue, j.priority from jobs j
-      where j.queue = repair.queue
+      where j.queue = repair.queue and j.priority <> 0
         and not exists (select from lanes l where l.queue = j.queue and l.priority = j.priority);
     done := found;
   when 'put back' then

@@ -3,8 +3,10 @@
 //! A pass is one claim. It reads each lane from its watermark (see [`Marks`]), or from its start when a
 //! full pass is due (see [`FullPasses`]). Passes follow each other until one brings nothing; then the dispatcher
 //! asks to rest. As sentry, or guarded by another node's, it makes one more full pass, because jobs
-//! may have arrived before the post was taken, and sleeps if and only if that brings nothing, until a
-//! [`Wake`] or the tick. It stands down as soon as a pass brings jobs: awake nodes need no sentry.
+//! may have arrived before the post was taken, and sleeps if and only if that leaves nothing behind, until a
+//! [`Wake`] or the tick. A sentry that takes all there is, and could take more, stays: then a job for an idle
+//! cluster costs one claim of one node. It stands down when it has as much as it can take, so that another node may stand
+//! sentry, or when jobs come often: while all nodes are awake, producers are silent.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -25,6 +27,12 @@ use crate::store::{Claim, Claimed, ClaimedRun, Mark, Store};
 
 /// Producers hold the post, or somebody a row: look again after this, doubling up to the second.
 const BUSY_POLL: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(100));
+/// A sentry that finds jobs twice within this time leaves its post: every notification makes the commits of the whole
+/// database wait for each other.
+const OFTEN: Duration = Duration::from_millis(5);
+/// A guarded node that hears a notification looks after this time, or later if the sentry was faster, up to the tick:
+/// the sentry's process may be stopped.
+const SECOND_LOOK: Duration = Duration::from_millis(50);
 /// A sentry that was notified in vain so often leaves its post for a while.
 const VAIN_LIMIT: u32 = 5;
 /// A slice of a full pass moves at most so many rows of busy cursors out of the line.
@@ -63,9 +71,14 @@ pub(crate) struct Resting {
     notified: bool,
     vain: u32,
     standing: Option<Standing>,
-    /// A whole full pass met nothing since the post was taken and since the last wake-up: sleep well.
+    /// A whole full pass left nothing behind since the post was taken and since the last wake-up: sleep well.
     seen_all: bool,
     busy_poll: Duration,
+    /// When a pass last brought jobs.
+    found: Instant,
+    second_look: Duration,
+    /// The timer is set for a second look.
+    looking: bool,
     timer: Option<SpawnHandle>,
     drained: Option<oneshot::Sender<()>>,
     draining: bool,
@@ -83,6 +96,9 @@ impl Default for Resting {
             standing: None,
             seen_all: false,
             busy_poll: BUSY_POLL.0,
+            found: Instant::now(),
+            second_look: SECOND_LOOK,
+            looking: false,
             timer: None,
             drained: None,
             draining: false,
@@ -184,7 +200,10 @@ impl Dispatcher {
         self.rest.doing = Doing::Nothing;
         let now = Instant::now();
         let again = match pass {
-            Pass::Full | Pass::NoLease => self.rest.woken,
+            Pass::Full | Pass::NoLease => {
+                self.stand_down();
+                self.rest.woken
+            }
             Pass::Failed(error) => {
                 tracing::warn!(%error, queue = &*self.queue, "claim failed");
                 if error.is_lease_ended() {
@@ -200,7 +219,7 @@ impl Dispatcher {
                 let ended = claimed.marks.is_empty() || covers(&claimed.marks, self.rest.marks.last());
                 if full && (found == 0 || !claimed.marks.is_empty()) {
                     self.rest.passes.made(now, claimed.reading);
-                    let clean = found == 0 && !claimed.contended;
+                    let clean = !claimed.contended && (found == 0 || claimed.at_end && found < wanted);
                     self.rest.seen_all = self.rest.passes.sliced(claimed.marks.clone(), ended, clean);
                     self.bell.wake_scheduler(Cause::Tick);
                 }
@@ -209,15 +228,20 @@ impl Dispatcher {
                 }
                 if found > 0 {
                     self.start(claimed.runs, found);
+                    let often = now - std::mem::replace(&mut self.rest.found, now) < OFTEN;
+                    if found >= wanted || often {
+                        self.stand_down();
+                    }
                 }
                 if claimed.contended && found < wanted {
                     self.rest.passes.hurry(now);
                 }
-                let more = found > 0 || self.rest.woken;
+                let saw_all = full && self.rest.standing.is_some() && self.rest.seen_all;
+                let more = found > 0 && !saw_all || self.rest.woken;
                 if !more && claimed.contended {
                     self.poll_soon(ctx);
                 } else if !more {
-                    self.nothing_found(ctx);
+                    self.rest_if_allowed(ctx);
                 }
                 more
             }
@@ -239,7 +263,7 @@ impl Dispatcher {
         self.rest.vain = 0;
         self.rest.notified = false;
         self.rest.busy_poll = BUSY_POLL.0;
-        self.stand_down();
+        self.rest.second_look = SECOND_LOOK;
     }
 
     fn stand_down(&mut self) {
@@ -249,7 +273,7 @@ impl Dispatcher {
     }
 
     /// The line is empty, as far as this pass saw.
-    fn nothing_found(&mut self, ctx: &mut Context<Self>) {
+    fn rest_if_allowed(&mut self, ctx: &mut Context<Self>) {
         if std::mem::take(&mut self.rest.notified) {
             self.rest.vain += 1;
             if self.rest.vain >= VAIN_LIMIT {
@@ -310,6 +334,7 @@ impl Dispatcher {
         if let Some(timer) = self.rest.timer.take() {
             ctx.cancel_future(timer);
         }
+        self.rest.looking = false;
         self.rest.timer = Some(ctx.run_later(time, |dispatcher, ctx| {
             dispatcher.rest.timer = None;
             if dispatcher.rest.standing == Some(Standing::Guarded) {
@@ -339,14 +364,17 @@ impl Handler<Wake> for Dispatcher {
         self.rest.passes.disturb();
         match cause {
             Cause::Notified => {
-                self.rest.notified = true;
                 self.rest.passes.hurry(Instant::now());
-                if self.rest.standing == Some(Standing::Guarded) {
-                    // Let the sentry be first: a herd would only contend.
-                    let jitter = Duration::from_micros(rand::random_range(1000..5000));
-                    ctx.run_later(jitter, |dispatcher, ctx| dispatcher.pass(ctx));
+                if self.rest.standing == Some(Standing::Guarded) && self.rest.doing == Doing::Nothing {
+                    if !self.rest.looking {
+                        let pause = self.rest.second_look;
+                        self.rest.second_look = (pause * 2).min(self.poll);
+                        self.sleep(pause.mul_f64(0.5 + rand::random::<f64>()), ctx);
+                        self.rest.looking = true;
+                    }
                     return;
                 }
+                self.rest.notified = true;
             }
             // The post is vacant: look, and then ask for it.
             Cause::Sentry | Cause::Recovered => {

@@ -31,12 +31,14 @@ pub(crate) struct Listener {
     session: Option<Arc<Client>>,
     /// Which session it is, so that the end of an old one is not taken for the end of this.
     number: u64,
+    /// Its server process.
+    pid: i32,
     pause: Duration,
 }
 
 impl Listener {
     pub(crate) fn new(store: Store, metrics: Metrics, bell: Bell, pools: Vec<Recipient<Cancel>>) -> Self {
-        Listener { store, metrics, bell, pools, session: None, number: 0, pause: RECONNECT.0 }
+        Listener { store, metrics, bell, pools, session: None, number: 0, pid: 0, pause: RECONNECT.0 }
     }
 
     fn connect(&mut self, ctx: &mut Context<Self>) {
@@ -49,20 +51,24 @@ impl Listener {
                 let mut messages = futures_util::stream::poll_fn(move |cx| connection.poll_message(cx));
                 while let Some(Ok(message)) = messages.next().await {
                     if let AsyncMessage::Notification(note) = message {
-                        address.do_send(Heard(note.payload().to_owned()));
+                        address.do_send(Heard { from: note.process_id(), payload: note.payload().to_owned() });
                     }
                 }
                 address.do_send(Lost(number));
             });
-            let listen = format!("listen {}", quote(store.schema()));
-            match tokio::time::timeout(DEADLINE, client.batch_execute(&listen)).await {
-                Ok(listening) => Ok(listening.map(|()| client)?),
+            let listen = async {
+                client.batch_execute(&format!("listen {}", quote(store.schema()))).await?;
+                Ok(client.query_typed("select pg_backend_pid()", &[]).await?[0].get(0))
+            };
+            match tokio::time::timeout(DEADLINE, listen).await {
+                Ok(listening) => listening.map(|pid: i32| (client, pid)),
                 Err(_) => Err(Error::Deadline(DEADLINE)),
             }
         };
         ctx.spawn(connect.into_actor(self).map(|connected, listener, ctx| match connected {
-            Ok(client) if !client.is_closed() => {
+            Ok((client, pid)) if !client.is_closed() => {
                 listener.session = Some(Arc::new(client));
+                listener.pid = pid;
                 listener.pause = RECONNECT.0;
                 // What was said meanwhile was not heard.
                 listener.wake_all(Cause::Recovered);
@@ -109,7 +115,11 @@ impl Listener {
 /// The session heard a notification.
 #[derive(Message)]
 #[rtype(result = "()")]
-struct Heard(String);
+struct Heard {
+    /// The server process that notified.
+    from: i32,
+    payload: String,
+}
 
 /// The session of this number ended, or is given up.
 #[derive(Message)]
@@ -128,25 +138,19 @@ impl Actor for Listener {
 impl Handler<Heard> for Listener {
     type Result = ();
 
-    fn handle(&mut self, Heard(payload): Heard, _: &mut Self::Context) {
-        let Some((verb, object)) = payload.split_once(' ') else { return };
-        let cause = match verb {
-            "wake" => Cause::Notified,
-            "sentry" => Cause::Sentry,
-            "cancel" => {
-                if let Ok(id) = object.parse() {
+    fn handle(&mut self, Heard { from, payload }: Heard, _: &mut Self::Context) {
+        match payload.split_once(' ') {
+            Some(("wake", queue)) => self.bell.wake(queue, Cause::Notified),
+            Some(("due", _)) => self.bell.wake_scheduler(Cause::Notified),
+            // Queues share posts. Whoever left knows.
+            Some(("sentry", _)) if from != self.pid => self.bell.wake_all(Cause::Sentry),
+            Some(("cancel", id)) => {
+                if let Ok(id) = id.parse() {
                     let cancel = Cancel([id].into());
                     self.pools.iter().for_each(|pool| pool.do_send(cancel.clone()));
                 }
-                return;
             }
-            _ => return,
-        };
-        if cause == Cause::Notified {
-            self.bell.wake(object, cause);
-            self.bell.wake_scheduler(cause);
-        } else {
-            self.bell.wake_all(cause); // queues share posts
+            _ => {}
         }
     }
 }

@@ -17,6 +17,9 @@ use crate::store::{Horizon, Store};
 const BATCH: i32 = 1000;
 /// A pass is made at least this often.
 const TICK: Duration = Duration::from_secs(1);
+/// After this time a pass is worth while for who only thinks that something may have been scheduled: those who enqueue
+/// while nodes are awake tell nobody.
+const FRESH: Duration = Duration::from_millis(250);
 /// How often the horizon is moved.
 const HORIZON_EVERY: Duration = Duration::from_millis(500);
 /// Between two passes lies this multiple of the last one's duration, up to a tick: what took long may have been
@@ -35,6 +38,7 @@ pub(crate) struct Scheduler {
 pub(crate) struct Rest {
     passing: bool,
     woken: bool,
+    began: Instant,
     not_before: Instant,
     timer: Option<SpawnHandle>,
     days_ahead: Option<i32>,
@@ -47,6 +51,7 @@ impl Default for Rest {
         Rest {
             passing: false,
             woken: false,
+            began: Instant::now(),
             not_before: Instant::now(),
             timer: None,
             days_ahead: None,
@@ -67,11 +72,12 @@ impl Scheduler {
             self.rest.passing = true;
             self.rest.woken = false;
             let store = self.store.clone();
-            let began = Instant::now();
+            self.rest.began = Instant::now();
             let pass = async move { store.promote(BATCH).await };
-            ctx.spawn(pass.into_actor(self).map(move |promoted, scheduler, ctx| {
+            ctx.spawn(pass.into_actor(self).map(|promoted, scheduler, ctx| {
                 scheduler.rest.passing = false;
-                scheduler.rest.not_before = Instant::now() + (began.elapsed() * SHARE).min(TICK);
+                let took = scheduler.rest.began.elapsed();
+                scheduler.rest.not_before = Instant::now() + (took * SHARE).min(TICK);
                 let next = match promoted {
                     Ok((promoted, due_in)) => {
                         if promoted > 0 {
@@ -138,8 +144,10 @@ impl Actor for Scheduler {
 impl Handler<Wake> for Scheduler {
     type Result = ();
 
-    fn handle(&mut self, _: Wake, ctx: &mut Self::Context) {
-        self.pass(ctx);
+    fn handle(&mut self, Wake(cause): Wake, ctx: &mut Self::Context) {
+        if cause != Cause::Tick || self.rest.began.elapsed() > FRESH {
+            self.pass(ctx);
+        }
     }
 }
 

@@ -71,7 +71,7 @@ impl Place {
     /// Wait until a node sleeps: then a session holds the queue's lock.
     async fn asleep(&self) -> Result<()> {
         let sentry = "select from pg_locks l where l.locktype = 'advisory' and l.mode = 'ExclusiveLock' and l.granted \
-            and l.classid::int8 = hashtext('pgcue.' || $1)::int8 & 4294967295";
+            and l.classid = (quote_ident($1) || '.jobs')::regclass";
         let begin = Instant::now();
         while self.sql.query_typed(sentry, &[(&self.schema, Type::TEXT)]).await?.is_empty() {
             if begin.elapsed() > Duration::from_secs(60) {

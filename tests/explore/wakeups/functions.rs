@@ -23,7 +23,10 @@ impl Wakeups {
             up(&mut node.mark);
             up(&mut node.from);
             match &mut node.doing {
-                Doing::Claiming { job, .. } => up(job),
+                Doing::Claiming { job, alone, .. } => {
+                    up(job);
+                    alone.iter_mut().for_each(up);
+                }
                 Doing::Looked { until, .. } => up(until),
                 _ => {}
             }
@@ -37,13 +40,15 @@ impl Wakeups {
         let from = if full { node.from } else { node.mark };
         let visible = |job: &usize| s.line[*job].is_some_and(|job| job.at != At::Inserted);
         node.doing = match (from..JOBS).find(visible) {
-            None => Doing::Looked { until: s.line.iter().flatten().count(), full, met: false },
+            None => Doing::Looked { until: s.line.iter().flatten().count(), full, met: false, found: false },
             Some(job) if s.line[job].is_some_and(|job| job.at == At::Locked) => {
-                Doing::Looked { until: job + 1, full, met: true }
+                Doing::Looked { until: job + 1, full, met: true, found: false }
             }
             Some(job) => {
+                let alone = !(job + 1..JOBS).any(|other| visible(&other));
+                let alone = alone.then(|| s.line.iter().flatten().count());
                 s.line[job] = Some(Job { at: At::Locked, holds: None });
-                Doing::Claiming { job, full }
+                Doing::Claiming { job, full, alone }
             }
         };
     }
@@ -60,13 +65,23 @@ impl Wakeups {
         ended
     }
 
-    /// The claim commits: its job runs, and whoever works is no sentry.
-    pub fn claim(s: &mut State, n: usize, job: usize, full: bool) {
+    /// The claim commits: its job runs. Who has as much as he can take is no sentry.
+    pub fn claim(&self, s: &mut State, n: usize, job: usize, full: bool, alone: Option<usize>) {
         let node = &mut s.nodes[n];
-        Self::remember(node, job + 1, full);
-        node.clean = false;
-        node.doing = Doing::Busy;
-        Self::stand_down(node);
+        node.running += 1;
+        if node.running == self.slots {
+            Self::stand_down(node);
+        }
+        match alone {
+            Some(until) if node.running < self.slots => {
+                node.doing = Doing::Looked { until, full, met: false, found: true };
+            }
+            _ => {
+                Self::remember(node, job + 1, full);
+                node.clean = false;
+                node.doing = if node.running < self.slots { Doing::Awake } else { Doing::Busy };
+            }
+        }
         Self::remove(s, job);
     }
 
@@ -75,8 +90,8 @@ impl Wakeups {
         node.standing = None;
     }
 
-    /// A pass brought nothing: sleep if a full pass saw all since the post was taken, else look again or ask.
-    pub fn hear(&self, node: &mut Node, until: usize, full: bool, met: bool) {
+    /// A pass left nothing: sleep if a full pass saw all since the post was taken, else look again or ask.
+    pub fn hear(&self, node: &mut Node, until: usize, full: bool, met: bool, found: bool) {
         let ended = Self::remember(node, until, full);
         if full {
             node.clean &= !met || !self.has(Without::LookingAgainAtLockedRows);
@@ -86,6 +101,7 @@ impl Wakeups {
         let full_passes = self.has(Without::FullPasses);
         node.doing = match node.standing {
             _ if node.woken || met => Doing::Awake,
+            standing if found && !(full && standing.is_some() && node.seen_all) => Doing::Awake,
             Some(_) if node.seen_all || !full_passes => Doing::Asleep,
             Some(_) => Doing::Awake,
             None => Doing::Asking,
