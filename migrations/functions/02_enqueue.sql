@@ -30,39 +30,45 @@ end $$;
 create or replace trigger schedule_later before insert on jobs
   for each row when (new.run_at > now()) execute function schedule_later();
 
--- What inserts costs nothing but the conditions of its triggers: no call, no query. Who wakes, and who inserts into a
--- lane, remembers it to the end of the transaction (or of the savepoint), so that a COPY does it once.
+-- An insert pays for the conditions of its triggers, which are short (each statement reads them anew), and for no call
+-- and no query. Who wakes, or inserts into a lane, remembers it to the end of the transaction or savepoint: a COPY does
+-- it once.
 
--- Tell the sentry; the condition has tried the lock, see wake.
+-- Tell the sentry, whose lock the condition has tried, see wake.
 create or replace function wake_sentry() returns trigger
 language plpgsql set search_path from current as $$
 begin
-  perform pg_notify(current_schema(), note), set_config('pgcue.notified', note, true)
-    from (select case when new.run_at > now() then 'due ' else 'wake ' end || new.queue as note) n;
+  if current_setting('pgcue.wake', true) = 'off' then
+    return new;
+  end if;
+  if new.run_at > now() then
+    perform pg_notify(current_schema(), 'due ' || new.queue);
+  else
+    perform pg_notify(current_schema(), 'wake ' || new.queue), set_config('pgcue.notified', new.queue, true);
+  end if;
   return new;
 end $$;
 
 create or replace trigger wake_sentry before insert on jobs for each row
-  when (current_setting('pgcue.wake', true) is distinct from 'off'
-    and not pg_try_advisory_xact_lock_shared('jobs'::regclass::oid::int, hashtext(new.queue) & 63)
-    and current_setting('pgcue.notified', true)
-      is distinct from case when new.run_at > now() then 'due ' else 'wake ' end || new.queue)
+  when (not pg_try_advisory_xact_lock_shared('jobs'::regclass::oid::int, hashtext(new.queue) & 63)
+    and current_setting('pgcue.notified', true) is distinct from new.queue)
   execute function wake_sentry();
 
--- A lane of another priority than 0, which every queue has, is noted when it is new.
+-- Every queue has a lane of priority 0. Another one is noted when it is new.
 create or replace function note_lane() returns trigger
 language plpgsql set search_path from current as $$
 begin
-  if not exists (select from lanes l where l.queue = new.queue and l.priority = new.priority) then
-    insert into lanes (queue, priority) values (new.queue, new.priority);
+  if current_setting('pgcue.lane', true) is distinct from new.priority || ' ' || new.queue then
+    if not exists (select from lanes l where l.queue = new.queue and l.priority = new.priority) then
+      insert into lanes (queue, priority) values (new.queue, new.priority);
+    end if;
+    perform set_config('pgcue.lane', new.priority || ' ' || new.queue, true);
   end if;
-  perform set_config('pgcue.lane', new.priority || ' ' || new.queue, true);
   return new;
 end $$;
 
 create or replace trigger note_lane before insert on jobs for each row
-  when (new.priority <> 0 and current_setting('pgcue.lane', true) is distinct from new.priority || ' ' || new.queue)
-  execute function note_lane();
+  when (new.priority <> 0) execute function note_lane();
 
 create or replace function enqueue(
   kind text,
@@ -78,7 +84,11 @@ create or replace function enqueue(
   on_retry on_retry default null,
   on_failure on_failure default null
 ) returns bigint
-language sql set search_path from current as $$
+language plpgsql set search_path from current as $$ -- not sql: that would plan it again for each call
+#variable_conflict use_column
+declare
+  new_id bigint;
+begin
   insert into jobs (kind, payload, queue, priority, expected_at, run_at, max_attempts, timeout, cursor_key, headers,
     on_retry, on_failure)
   values (
@@ -86,8 +96,9 @@ language sql set search_path from current as $$
     small('priority', coalesce(enqueue.priority, 0)), coalesce(enqueue.expected_at, 'infinity'),
     coalesce(enqueue.run_at, now()), small('max_attempts', coalesce(enqueue.max_attempts, 25)),
     enqueue.timeout, enqueue.cursor_key, enqueue.headers, enqueue.on_retry, enqueue.on_failure
-  ) returning id
-$$;
+  ) returning id into new_id;
+  return new_id;
+end $$;
 
 -- Many jobs of one kind with the same options; ids come back in the order of the payloads.
 create or replace function enqueue_many(
@@ -104,8 +115,10 @@ create or replace function enqueue_many(
   on_retry on_retry default null,
   on_failure on_failure default null
 ) returns setof bigint
-language sql set search_path from current as $$
-  insert into jobs (kind, payload, queue, priority, expected_at, run_at, max_attempts, timeout, cursor_key, headers,
+language plpgsql set search_path from current as $$
+#variable_conflict use_column
+begin
+  return query insert into jobs (kind, payload, queue, priority, expected_at, run_at, max_attempts, timeout, cursor_key, headers,
     on_retry, on_failure)
   select
     coalesce(enqueue_many.kind, ''), coalesce(p.payload, 'null'), coalesce(enqueue_many.queue, 'default'),
@@ -113,8 +126,8 @@ language sql set search_path from current as $$
     coalesce(enqueue_many.run_at, now()), (select small('max_attempts', coalesce(enqueue_many.max_attempts, 25))),
     enqueue_many.timeout, enqueue_many.cursor_key, enqueue_many.headers, enqueue_many.on_retry, enqueue_many.on_failure
   from unnest(enqueue_many.payloads) with ordinality p(payload, n) order by p.n
-  returning id
-$$;
+  returning id;
+end $$;
 
 -- A payload's fields, for merging. What jsonb cannot hold (\u0000, half a surrogate pair, 1e400000) is
 -- said of the payload that has it; the subtransaction writes nothing, and only merges pay for it.

@@ -87,7 +87,7 @@ async fn latency_is_what_the_jobs_themselves_say() {
 
 #[actix::test]
 async fn enqueue_has_three_ways() {
-    for mode in ["single", "many", "copy"] {
+    for mode in ["insert", "single", "many", "copy"] {
         let report = bench(&["enqueue", "--clients", "3", "--jobs", "310", "--rows", "100", "--mode", mode]).await;
         assert_eq!(report["jobs"].as_i64(), Some(310));
         positive(&report, &["ratio", "bare_jobs_per_second", "jobs_per_second", "call_ms p50", "bare_call_ms p50"]);

@@ -30,13 +30,13 @@ pub(super) struct Enqueue {
     /// So many producers, each with a session of its own
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=150))]
     clients: u32,
-    /// How: enqueue(), enqueue_many(), or COPY
+    /// How: a plain INSERT, enqueue(), enqueue_many(), or COPY
     #[arg(long, value_name = "HOW", default_value = "single")]
     mode: Mode,
     /// So many jobs in all
     #[arg(long, value_name = "N", default_value_t = 20_000, value_parser = clap::value_parser!(i64).range(1..))]
     jobs: i64,
-    /// So many a call; with --mode single it is 1
+    /// So many a call; with --mode insert or single it is 1
     #[arg(long, value_name = "PER_CALL", default_value_t = 1000, value_parser = clap::value_parser!(i32).range(1..=1_000_000))]
     rows: i32,
     /// Leave the jobs lying
@@ -50,6 +50,7 @@ pub(super) struct Enqueue {
 #[derive(ValueEnum, Serialize, Clone, Copy, PartialEq)]
 #[serde(rename_all = "lowercase")]
 enum Mode {
+    Insert,
     Single,
     Many,
     Copy,
@@ -59,7 +60,10 @@ impl Mode {
     fn statement(self, bare: bool) -> &'static str {
         match (self, bare) {
             (Mode::Single, false) => "select enqueue('noop', '{}')",
-            (Mode::Single, true) => "insert into bare_jobs (kind, payload) values ('noop', '{}') returning id",
+            (Mode::Insert, false) => "insert into jobs (kind, payload) values ('noop', '{}') returning id",
+            (Mode::Insert | Mode::Single, true) => {
+                "insert into bare_jobs (kind, payload) values ('noop', '{}') returning id"
+            }
             (Mode::Many, false) => "select enqueue_many('noop', array_fill('{}'::json, array[$1]))",
             (Mode::Many, true) => {
                 "insert into bare_jobs (kind, payload) \
@@ -135,7 +139,7 @@ impl Enqueue {
 
     /// All jobs, by all clients. Returns the seconds, and how long the calls took.
     async fn produce(&self, sessions: Vec<Client>, bare: bool) -> Result<(f64, Value)> {
-        let (mode, rows) = (self.mode, if self.mode == Mode::Single { 1 } else { self.rows });
+        let (mode, rows) = (self.mode, if matches!(self.mode, Mode::Insert | Mode::Single) { 1 } else { self.rows });
         let left = Arc::new(AtomicI64::new(self.jobs));
         let begin = Instant::now();
         let mut clients = JoinSet::new();
@@ -166,7 +170,7 @@ async fn produce(
         let rows = i64::from(rows).min(before) as i32;
         let begin = Instant::now();
         match mode {
-            Mode::Single => drop(session.query(&statement, &[]).await?),
+            Mode::Insert | Mode::Single => drop(session.query(&statement, &[]).await?),
             Mode::Many => drop(session.query(&statement, &[&rows]).await?),
             Mode::Copy => {
                 let mut sink = std::pin::pin!(session.copy_in::<_, Bytes>(&statement).await?);
