@@ -20,7 +20,7 @@ def machine():
     load = os.getloadavg()[0]
     return (
         f"{os.cpu_count()} cores ({cpu or platform.machine()}), {memory:.0f} GB, "
-        f"{platform.system()} {platform.release()}, data on {disk}; load average at the start {load:.1f}"
+        f"{platform.system()} {platform.release().split('-')[0]}, data on {disk}; load average at the start {load:.1f}"
     )
 
 
@@ -101,7 +101,7 @@ def commands(options, results):
         jobs, pace = results[name]["burn"][0]["jobs"], (options.rate, max(1, options.latency_seconds // options.rounds))
         if "bench" in CONTESTANTS[name]:
             lines = [("burn-down", "--jobs", jobs, "--bare-jobs", 0)]
-            lines += [("latency", "--rate", pace[0], "--seconds", pace[1])]
+            lines += [("latency", "--rate", pace[0], "--seconds", pace[1])] if results[name]["latency"] else []
         else:
             lines = [("burn", jobs), ("work", pace[0] * (pace[1] + 1)), ("send", pace[0], pace[1] + 1)]
         for line in lines:
