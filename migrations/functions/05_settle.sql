@@ -7,8 +7,8 @@ language sql volatile set search_path from current as $$
   select make_interval(secs => least(power(2, greatest(least(backoff.attempt, 30), 1) - 1), 3600) * (0.5 + random() / 2))
 $$;
 
--- Move live rows into history (those that completed in a queue that keeps none: nowhere), addressed by (tid, id, token); token null means a job that no one runs.
--- Of a row that asks for another attempt, only what may not have one is finished here: cancelled
+-- Move live rows into history, addressed by (tid, id, token); token null means a job that no one runs. Those that
+-- completed in a queue that keeps no history are deleted, which is cheaper. Of a row that asks for another attempt, only what may not have one is finished here: cancelled
 -- meanwhile, out of attempts, or lost too often. Returns the ids that were finished, and of these the
 -- failures that halt their cursor.
 create or replace function finish(
@@ -21,7 +21,24 @@ language plpgsql as $$
 declare
   ended timestamptz := clock_timestamp();
   forgetful text[] := array(select q.name from queues q where q.history_from > ended);
+  forgotten bigint[];
+  forgotten_tokens bigint[];
 begin
+  if forgetful <> '{}' then
+    with gone as (
+      delete from jobs j
+      using unnest(finish.tids, finish.ids, finish.tokens, finish.outcomes) e(tid, id, token, outcome)
+      where j.ctid = e.tid and j.id is not distinct from e.id and j.token is not distinct from e.token
+        and e.outcome = 'completed' and j.queue = any(forgetful)
+      returning j.id, j.token
+    )
+    select array_agg(g.id), array_agg(g.token) into done, done_tokens from gone g;
+    if cardinality(done) = cardinality(finish.ids) then
+      return;
+    end if;
+    forgotten := done;
+    forgotten_tokens := done_tokens;
+  end if;
   with gone as (
     delete from jobs j
     using unnest(finish.tids, finish.ids, finish.tokens, finish.outcomes, finish.results, finish.errors,
@@ -48,7 +65,6 @@ begin
       g.attempt, g.max_attempts, g.losses, g.timeout, g.cursor_key, g.snapshot::json, g.version, g.headers,
       g.created_at, g.started_at, ended
     from gone g
-    where g.state <> 'completed' or g.queue <> all(forgetful)
   )
   select array_agg(g.id), array_agg(g.token), array_agg(g.id) filter (where g.halts), array_agg(g.queue) filter (where g.halts),
       array_agg(g.cursor_key) filter (where g.halts)
@@ -56,6 +72,8 @@ begin
     from (
       select g.id, g.token, g.queue, g.cursor_key, g.on_failure = 'halt' and g.state in ('failed', 'lost') as halts from gone g
     ) g;
+  done := forgotten || done;
+  done_tokens := forgotten_tokens || done_tokens;
 end $$;
 
 -- Put live rows back for another attempt: 'retry' and 'snooze' after their delay, 'release' (given back

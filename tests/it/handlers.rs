@@ -9,7 +9,7 @@ use pgcue::config::QueueConfig;
 use pgcue::{Config, Job, JobError, JobResult, Node, Outcome, RetryPolicy, Task};
 use serde::{Deserialize, Serialize};
 
-use crate::support::{Db, database, eventually};
+use crate::support::{Db, database, eventually, value};
 
 #[derive(Serialize, Deserialize, Clone)]
 enum Mood {
@@ -210,4 +210,25 @@ async fn a_kind_has_one_handler() {
     let twice = node.handle_fn(|job: Job<Mood>| act(job, 0)).handle_fn(|job: Job<Mood>| act(job, 0));
     let error = twice.start().await.err().unwrap();
     assert_eq!(error.to_string(), "kind \"mood\" has two handlers; register it once");
+}
+
+#[actix::test]
+async fn one_slot_starts_jobs_in_the_order_of_the_line() {
+    let db = database().await;
+    let sql = db.sql().await;
+    // In the order of their pages they would start from 1 on.
+    sql.batch_execute(
+        "insert into jobs (kind, priority, expected_at) select 'noop', p, e
+         from unnest(array[-2, 0, 7, 0, 7], array['infinity', 'infinity', 'infinity', '2030-01-01', '2031-01-01']::timestamptz[])
+           with ordinality j(p, e, n) order by n",
+    )
+    .await
+    .unwrap();
+    let queues = [("default".to_owned(), QueueConfig { slots: 1, threads: 1 })].into();
+    let node = Node::new(Config { demo: true, queues, ..db.config() }).await.unwrap().start().await.unwrap();
+    let finished = async || value::<i64>(&sql, "select count(*) from finished_jobs").await == 5;
+    eventually("all are finished", Duration::from_secs(30), finished).await;
+    let order: Vec<i64> = value(&sql, "select array_agg(id order by finished_at, started_at) from finished_jobs").await;
+    assert_eq!(order, [5, 3, 4, 2, 1]);
+    node.drain().await.unwrap();
 }
