@@ -6,7 +6,7 @@
 //! may have arrived before the post was taken, and sleeps if and only if that leaves nothing behind, until a
 //! [`Wake`] or the tick. A sentry that takes all there is, and could take more, stays: then a job for an idle
 //! cluster costs one claim of one node. It stands down when it has as much as it can take, so that another node may stand
-//! sentry, or when jobs come often: while all nodes are awake, producers are silent.
+//! sentry, or when jobs keep coming: while all nodes are awake, producers are silent.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -27,9 +27,9 @@ use crate::store::{Claim, Claimed, ClaimedRun, Mark, Store};
 
 /// Producers hold the post, or somebody a row: look again after this, doubling up to the second.
 const BUSY_POLL: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(100));
-/// A sentry that finds jobs twice within this time leaves its post: every notification makes the commits of the whole
-/// database wait for each other.
-const OFTEN: Duration = Duration::from_millis(5);
+/// A sentry that so many times in a row finds jobs within this time of the last ones leaves its post: every
+/// notification makes the commits of all who notify wait for each other.
+const OFTEN: (u32, Duration) = (10, Duration::from_millis(5));
 /// A guarded node that hears a notification looks after this time, or later if the sentry was faster, up to the tick:
 /// the sentry's process may be stopped.
 const SECOND_LOOK: Duration = Duration::from_millis(50);
@@ -74,8 +74,9 @@ pub(crate) struct Resting {
     /// A whole full pass left nothing behind since the post was taken and since the last wake-up: sleep well.
     seen_all: bool,
     busy_poll: Duration,
-    /// When a pass last brought jobs.
+    /// When a pass last brought jobs, and how often that was soon after the one before.
     found: Instant,
+    in_a_row: u32,
     second_look: Duration,
     /// The timer is set for a second look.
     looking: bool,
@@ -97,6 +98,7 @@ impl Default for Resting {
             seen_all: false,
             busy_poll: BUSY_POLL.0,
             found: Instant::now(),
+            in_a_row: 0,
             second_look: SECOND_LOOK,
             looking: false,
             timer: None,
@@ -228,8 +230,9 @@ impl Dispatcher {
                 }
                 if found > 0 {
                     self.start(claimed.runs, found);
-                    let often = now - std::mem::replace(&mut self.rest.found, now) < OFTEN;
-                    if found >= wanted || often {
+                    let soon = now - std::mem::replace(&mut self.rest.found, now) < OFTEN.1;
+                    self.rest.in_a_row = if soon { self.rest.in_a_row + 1 } else { 0 };
+                    if found >= wanted || self.rest.in_a_row >= OFTEN.0 {
                         self.stand_down();
                     }
                 }
@@ -360,21 +363,26 @@ impl Handler<Wake> for Dispatcher {
 
     fn handle(&mut self, Wake(cause): Wake, ctx: &mut Self::Context) {
         self.metrics.wakeups.with_label_values(&[&*self.queue, cause.as_str()]).inc();
+        if cause == Cause::Notified && self.rest.standing != Some(Standing::Sentry) {
+            // It is the sentry's: there was one, and if it leaves it says so later.
+            match self.rest.standing {
+                Some(_) if self.rest.doing == Doing::Nothing && !self.rest.looking => {
+                    let pause = self.rest.second_look;
+                    self.rest.second_look = (pause * 2).min(self.poll);
+                    self.sleep(pause.mul_f64(0.5 + rand::random::<f64>()), ctx);
+                    self.rest.looking = true;
+                }
+                None if self.rest.doing == Doing::Nothing => self.pass(ctx),
+                _ => {}
+            }
+            return;
+        }
         self.rest.seen_all = false;
         self.rest.passes.disturb();
         match cause {
             Cause::Notified => {
-                self.rest.passes.hurry(Instant::now());
-                if self.rest.standing == Some(Standing::Guarded) && self.rest.doing == Doing::Nothing {
-                    if !self.rest.looking {
-                        let pause = self.rest.second_look;
-                        self.rest.second_look = (pause * 2).min(self.poll);
-                        self.sleep(pause.mul_f64(0.5 + rand::random::<f64>()), ctx);
-                        self.rest.looking = true;
-                    }
-                    return;
-                }
                 self.rest.notified = true;
+                self.rest.passes.hurry(Instant::now());
             }
             // The post is vacant: look, and then ask for it.
             Cause::Sentry | Cause::Recovered => {
