@@ -401,13 +401,24 @@ impl Handler<Drain> for Dispatcher {
 
     fn handle(&mut self, _: Drain, _: &mut Self::Context) -> Self::Result {
         self.rest.draining = true;
-        self.stand_down();
-        if self.rest.doing == Doing::Nothing {
-            return Box::pin(std::future::ready(()));
-        }
-        let (drained, wait) = oneshot::channel();
-        self.rest.drained = Some(drained);
-        Box::pin(async move { drop(wait.await) })
+        let left = match (self.rest.standing.take(), &self.listener) {
+            (Some(Standing::Sentry), Some(listener)) => Some(listener.send(Leave(Arc::clone(&self.queue)))),
+            _ => None,
+        };
+        let drained = (self.rest.doing != Doing::Nothing).then(|| {
+            let (drained, wait) = oneshot::channel();
+            self.rest.drained = Some(drained);
+            wait
+        });
+        // The session is closed afterwards: whoever sleeps must have been told that nobody stands sentry.
+        Box::pin(async move {
+            if let Some(left) = left {
+                let _ = left.await;
+            }
+            if let Some(drained) = drained {
+                let _ = drained.await;
+            }
+        })
     }
 }
 

@@ -185,11 +185,11 @@ impl Handler<Rest> for Listener {
 }
 
 impl Handler<Leave> for Listener {
-    type Result = ();
+    type Result = ResponseFuture<()>;
 
-    fn handle(&mut self, Leave(queue): Leave, ctx: &mut Self::Context) {
+    fn handle(&mut self, Leave(queue): Leave, ctx: &mut Self::Context) -> Self::Result {
         let left = self.call(&self.store.queries().leave_sentry, queue, ctx);
-        ctx.spawn(left.into_actor(self).map(|_, _, _| ()));
+        Box::pin(async move { drop(left.await) })
     }
 }
 

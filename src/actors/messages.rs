@@ -122,7 +122,7 @@ pub enum Standing {
     Deaf,
 }
 
-/// Dispatcher to Listener: awake again; let another node stand sentry.
+/// Dispatcher to Listener: let another node stand sentry. Answered when the others are told.
 #[derive(Message)]
 #[rtype(result = "()")]
 pub struct Leave(pub Arc<str>);
