@@ -65,8 +65,8 @@ create index jobs_mailbox on jobs (queue, cursor_key, (-(priority::int)), expect
 create unique index jobs_collapse on jobs (queue, kind, collapse_key) where collapse_key is not null;
 create index jobs_cancelled on jobs (id) where cancelled_at is not null;
 
--- A lane is one (queue, priority) in use; those of priority 0 go without saying. No unique index, on purpose: an enqueuer never waits for
--- another one. Duplicates are harmless and are swept (tend_history).
+-- A lane is one (queue, priority) in use; those of priority 0 go without saying. No unique index, on purpose: an
+-- enqueuer never waits for another one. Duplicates are harmless and are swept (tend_history).
 create table lanes (queue text not null, priority smallint not null);
 create index lanes_key on lanes (queue, priority);
 

@@ -8,9 +8,9 @@ language sql volatile set search_path from current as $$
 $$;
 
 -- Move live rows into history, addressed by (tid, id, token); token null means a job that no one runs. Those that
--- completed in a queue that keeps no history are deleted, which is cheaper. Of a row that asks for another attempt, only what may not have one is finished here: cancelled
--- meanwhile, out of attempts, or lost too often. Returns the ids that were finished, and of these the
--- failures that halt their cursor.
+-- completed in a queue that keeps no history are deleted, which is cheaper. Of a row that asks for another attempt,
+-- only what may not have one is finished here: cancelled meanwhile, out of attempts, or lost too often. Returns the
+-- ids that were finished, and of these the failures that halt their cursor.
 create or replace function finish(
   tids tid[], ids bigint[], tokens bigint[], outcomes text[], results text[], errors text[],
   ages_ms float8[], snapshots text[], versions bigint[],

@@ -1,7 +1,10 @@
-//! The bare limit of a burn-down: the same rows, the same indexes, the same two transactions a batch, as a loop of
-//! plain SQL on the server.
+//! The bare limit: the same as plain SQL. Of a burn-down it is the same rows, the same indexes, the same two
+//! transactions a batch, as a loop on the server.
 
+use std::ops::AsyncFn;
 use std::time::Instant;
+
+use serde_json::{Map, Value, json};
 
 use super::load::Rows;
 use super::place::Place;
@@ -16,6 +19,33 @@ const PINS: &str = "set enable_seqscan = off; set enable_bitmapscan = off; set e
 const COLUMNS: &str = "select string_agg(quote_ident(j.attname), ', ' order by j.attnum) from pg_attribute j \
     join pg_attribute h on h.attname = j.attname and h.attrelid = 'bare_history'::regclass and not h.attisdropped \
     where j.attrelid = 'bare_jobs'::regclass and j.attnum > 0 and not j.attisdropped";
+
+/// Rounds in a fresh schema each, with the bare limit and what it is to the round's speed.
+pub(super) async fn beside(
+    place: &Place,
+    rounds: u32,
+    bare: impl AsyncFn() -> Result<Map<String, Value>>,
+    round: impl AsyncFn() -> Result<Map<String, Value>>,
+) -> Result<Vec<Map<String, Value>>> {
+    let mut all = Vec::new();
+    for n in 1..=rounds {
+        eprintln!("round {n} of {rounds}");
+        place.fresh().await?;
+        // Whoever goes first finds a server that has rested.
+        let (bare, mut round) = if n % 2 == 1 {
+            let bare = bare().await?;
+            (bare, round().await?)
+        } else {
+            let round = round().await?;
+            (bare().await?, round)
+        };
+        let ratio = round["jobs_per_second"].as_f64().zip(bare["bare_jobs_per_second"].as_f64()).map(|(r, b)| r / b);
+        round.extend(bare);
+        round.insert("ratio".into(), json!(ratio));
+        all.push(round);
+    }
+    Ok(all)
+}
 
 /// Load so many jobs into a table of its own, and work them off. Returns jobs a second and bytes of WAL a job.
 pub(super) async fn burn_down(place: &Place, jobs: i64, batch: u32, payload: u32) -> Result<(f64, f64)> {

@@ -55,24 +55,7 @@ impl BurnDown {
     }
 
     pub(super) async fn run(&self, place: &Place) -> Result<Found> {
-        let mut rounds = Vec::new();
-        for n in 1..=self.rounds {
-            eprintln!("round {n} of {}", self.rounds);
-            place.fresh().await?;
-            // Whoever goes first finds a server that has rested.
-            let (bare, mut round) = if n % 2 == 1 {
-                let bare = self.bare(place).await?;
-                (bare, self.round(place).await?)
-            } else {
-                let round = self.round(place).await?;
-                (self.bare(place).await?, round)
-            };
-            let speed = round["jobs_per_second"].as_f64();
-            let ratio = bare.get("bare_jobs_per_second").and_then(Value::as_f64).zip(speed).map(|(b, s)| s / b);
-            round.extend(bare);
-            round.insert("ratio".into(), json!(ratio));
-            rounds.push(round);
-        }
+        let rounds = bare::beside(place, self.rounds, || self.bare(place), || self.round(place)).await?;
         Ok(Found { bench: "burn-down", asked: asked(self), rounds, list: None })
     }
 
