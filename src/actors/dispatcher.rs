@@ -1,7 +1,7 @@
 //! The dispatcher of one queue: claims what the pool has room for.
 //!
-//! A pass is one claim. It reads each lane from its watermark (see [`Marks`]), or from its start when a
-//! full pass is due (see [`FullPasses`]). Passes follow each other until one brings nothing; then the dispatcher
+//! A pass is one claim. It reads each lane from its watermark (see [`Marks`](crate::pacing::Marks)), or from its start when a
+//! full pass is due (see [`FullPasses`](crate::pacing::FullPasses)). Passes follow each other until one brings nothing; then the dispatcher
 //! asks to rest. As sentry, or guarded by another node's, it makes one more full pass, because jobs
 //! may have arrived before the post was taken, and sleeps if and only if that leaves nothing behind, until a
 //! [`Wake`] or the tick. A sentry that takes all there is, and could take more, stays: then a job for an idle
@@ -11,28 +11,21 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use actix::{Actor, ActorFutureExt, Addr, AsyncContext, Context, Handler, ResponseFuture, SpawnHandle, WrapFuture};
+use actix::{Actor, ActorFutureExt, Addr, AsyncContext, Context, Handler, ResponseFuture, WrapFuture};
 use tokio::sync::oneshot;
 
 use super::bell::Bell;
 use super::lease::{Lease, draw};
 use super::listener::Listener;
 use super::messages::{Cause, Demand, Drain, Leave, Observe, Observed, Rest, Run, Standing, Wake};
+use super::resting::{BUSY_POLL, Doing, Resting, SECOND_LOOK};
 use super::worker_pool::WorkerPool;
 use crate::error::Error;
 use crate::metrics::Metrics;
-use crate::pacing::{self, FullPasses, Marks};
+use crate::pacing;
 use crate::record;
 use crate::store::{Claim, Claimed, ClaimedRun, Mark, Store};
 
-/// Producers hold the post, or somebody a row: look again after this, doubling up to the second.
-const BUSY_POLL: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(100));
-/// A sentry that so many times in a row finds jobs within this time of the last ones leaves its post: every
-/// notification makes the commits of all who notify wait for each other.
-const OFTEN: (u32, Duration) = (10, Duration::from_millis(5));
-/// A guarded node that hears a notification looks after this time, or later if the sentry was faster, up to the tick:
-/// the sentry's process may be stopped.
-const SECOND_LOOK: Duration = Duration::from_millis(50);
 /// A sentry that was notified in vain so often leaves its post for a while.
 const VAIN_LIMIT: u32 = 5;
 /// A slice of a full pass moves at most so many rows of busy cursors out of the line.
@@ -58,64 +51,6 @@ pub(crate) struct Dispatcher {
 /// True if reading came as far as `marks` in every lane.
 fn covers(read: &[Mark], marks: &[Mark]) -> bool {
     marks.iter().all(|mark| read.iter().any(|r| r.priority == mark.priority && r.pos >= mark.pos))
-}
-
-/// What the dispatcher does between messages.
-pub(crate) struct Resting {
-    marks: Marks<Vec<Mark>>,
-    passes: FullPasses<Vec<Mark>>,
-    doing: Doing,
-    /// Woken while passing.
-    woken: bool,
-    /// The notification that began this pass brought nothing so far.
-    notified: bool,
-    vain: u32,
-    standing: Option<Standing>,
-    /// A whole full pass left nothing behind since the post was taken and since the last wake-up: sleep well.
-    seen_all: bool,
-    busy_poll: Duration,
-    /// When a pass last brought jobs, and how often that was soon after the one before.
-    found: Instant,
-    in_a_row: u32,
-    second_look: Duration,
-    /// The timer is set for a second look.
-    looking: bool,
-    timer: Option<SpawnHandle>,
-    drained: Option<oneshot::Sender<()>>,
-    draining: bool,
-}
-
-impl Default for Resting {
-    fn default() -> Self {
-        Resting {
-            marks: Marks::new(Instant::now()),
-            passes: FullPasses::new(Instant::now()),
-            doing: Doing::Nothing,
-            woken: false,
-            notified: false,
-            vain: 0,
-            standing: None,
-            seen_all: false,
-            busy_poll: BUSY_POLL.0,
-            found: Instant::now(),
-            in_a_row: 0,
-            second_look: SECOND_LOOK,
-            looking: false,
-            timer: None,
-            drained: None,
-            draining: false,
-        }
-    }
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Doing {
-    /// A claim is on its way.
-    Passing,
-    /// The listener is asked for the post.
-    Asking,
-    /// Waits for a timer or a wake-up.
-    Nothing,
 }
 
 /// What a pass came to.
@@ -230,9 +165,8 @@ impl Dispatcher {
                 }
                 if found > 0 {
                     self.start(claimed.runs, found);
-                    let soon = now - std::mem::replace(&mut self.rest.found, now) < OFTEN.1;
-                    self.rest.in_a_row = if soon { self.rest.in_a_row + 1 } else { 0 };
-                    if found >= wanted || self.rest.in_a_row >= OFTEN.0 {
+                    let keep_coming = self.rest.found(now);
+                    if found >= wanted || keep_coming {
                         self.stand_down();
                     }
                 }

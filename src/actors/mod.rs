@@ -10,6 +10,7 @@ pub(crate) mod lease;
 pub(crate) mod listener;
 pub(crate) mod messages;
 pub(crate) mod reaper;
+pub(crate) mod resting;
 pub(crate) mod scheduler;
 pub(crate) mod sticky;
 pub(crate) mod supervisor;
