@@ -97,9 +97,9 @@ end $$;
 -- a lost reply can be resolved by it. Three sorts of rows come back. First, with no id and no cursor_key,
 -- a row for each lane that was read: where the next claim goes on reading it (a hint; without marks a
 -- lane is read from its start), whether rows were seen that another transaction held (look again soon), whether
--- nothing stands behind, in waited_ms how long all the reading took, and in line (of the first) the ids of the jobs in
--- the order in which they should start. Then, with no id, each cursor that is owned now. Then the jobs, page by page.
--- In line, those of one cursor stand together and are one run of up to run_length jobs, or up to longest_run when few
+-- nothing stands behind, in waited_ms how long all the reading took, and in in_order (of the first) the ids of the jobs
+-- as they should start. Then, with no id, each cursor that is owned now. Then the jobs, page by page.
+-- In order, those of one cursor stand together and are one run of up to run_length jobs, or up to longest_run when few
 -- cursors share the claim. Of the rows of busy cursors that stand in the way, to_park are parked; the rest is read
 -- past. A payload of more than max_inline bytes comes as null, to be asked for when the job starts: what waits in a
 -- node's memory stays small.
@@ -108,7 +108,7 @@ create or replace function claim_lanes(
   lanes smallint[], marks bigint[], longest_run int default null, to_park int default 1000,
   max_inline int default null
 ) returns table (
-  priority smallint, mark bigint, contended boolean, at_end boolean, line bigint[],
+  priority smallint, mark bigint, contended boolean, at_end boolean, in_order bigint[],
   id bigint, tid tid, kind text, payload json, attempt smallint, max_attempts smallint, timeout_ms bigint,
   headers json, waited_ms float8, on_retry on_retry, on_failure on_failure,
   cursor_key text, cursor_state json, cursor_version bigint, cursor_turn bigint
@@ -242,7 +242,7 @@ begin
       select * from claim_lanes(lease, lease, claim.queue, claim.kinds, claim.max_jobs, 1, '{}', '{}')
     )
     select lease, g.id, g.kind, g.payload, g.attempt, g.max_attempts, g.headers, g.cursor_key, c.cursor_state
-    from (select h.id, h.n from got, unnest(got.line) with ordinality h(id, n)) l
+    from (select h.id, h.n from got, unnest(got.in_order) with ordinality h(id, n)) l
     join got g on g.id = l.id
     left join got c on c.id is null and c.cursor_key = g.cursor_key
     order by l.n;

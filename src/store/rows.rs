@@ -121,7 +121,7 @@ impl Claimed {
             reading: Duration::ZERO,
         };
         let mut cursors: HashMap<Arc<str>, OwnedCursor> = HashMap::new();
-        let mut line: Vec<i64> = Vec::new();
+        let mut in_order: Vec<i64> = Vec::new();
         let mut jobs: HashMap<i64, &Row> = HashMap::with_capacity(rows.len());
         for row in rows {
             match (row.get::<_, Option<i64>>(5), row.get::<_, Option<&str>>(16)) {
@@ -131,7 +131,7 @@ impl Claimed {
                     }
                     claimed.contended |= row.get::<_, bool>(2);
                     claimed.at_end |= row.get::<_, Option<bool>>(3).unwrap_or_default();
-                    line.extend(row.get::<_, Option<Vec<i64>>>(4).unwrap_or_default());
+                    in_order.extend(row.get::<_, Option<Vec<i64>>>(4).unwrap_or_default());
                     let reading = row.get::<_, Option<f64>>(13).unwrap_or_default();
                     claimed.reading = Duration::from_secs_f64(reading.max(0.0) / 1000.0);
                 }
@@ -146,7 +146,7 @@ impl Claimed {
                 }
             }
         }
-        for row in line.iter().filter_map(|id| jobs.get(id)) {
+        for row in in_order.iter().filter_map(|id| jobs.get(id)) {
             let key: Option<&str> = row.get(16);
             match (claimed.runs.last_mut(), key) {
                 (Some(ClaimedRun { cursor: Some(cursor), jobs }), Some(key)) if *cursor.key == *key => {

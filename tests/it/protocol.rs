@@ -26,7 +26,7 @@ async fn claim(
     let (lanes, marks) = marks.unwrap_or_default();
     let query = "select * from claim_lanes($1, $2, 'default', null, $3, 50, $4, $5)";
     let rows = sql.query(query, &[&lease, &token, &max, &lanes, &marks]).await.unwrap();
-    let line: Vec<i64> = rows.iter().find_map(|row| row.get("line")).unwrap_or_default();
+    let line: Vec<i64> = rows.iter().find_map(|row| row.get("in_order")).unwrap_or_default();
     let (mut jobs, heads): (Vec<Row>, Vec<Row>) =
         rows.into_iter().partition(|row| row.get::<_, Option<i64>>("id").is_some());
     jobs.sort_by_key(|row| line.iter().position(|id| *id == row.get::<_, i64>("id")));
