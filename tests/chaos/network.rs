@@ -21,6 +21,8 @@ async fn blackholed(seed: u64, weather: Weather) {
     world.nodes(2, &[]).await;
     world.load(Habits { ms: 50, ..Habits::default() });
     world.progress(50).await;
+    // On a slow machine one may have lost its lease just now.
+    world.eventually("both nodes have a lease", || async { world.believes(0) && world.believes(1) }).await;
     world.breaks("blackhole");
     let lost = |event: &Event| matches!(event, Event::LeaseLost { .. });
     let before = world.recorded(lost);
@@ -83,6 +85,7 @@ pub async fn killed_before_a_reply(seed: u64) {
     world.breaks("SIGKILL before a reply");
     world.proxy.set(Weather { replies_swallowed: true, ..Weather::default() });
     world.eventually("a settle is committed unheard", || async { world.unheard().await > 0 }).await;
+    world.holder().await;
     world.kill(0);
     world.kill(1);
     world.proxy.set(Weather::default());

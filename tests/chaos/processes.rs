@@ -15,26 +15,28 @@ async fn kills(seed: u64, nodes: usize, habits: Habits) {
     let mut world = World::new(seed).await;
     world.nodes(nodes, &[]).await;
     world.load(habits);
-    for round in 0..4 {
+    for _ in 0..4 {
         world.pass(700).await;
         world.progress(50).await;
         world.breaks("SIGKILL");
-        world.kill(round % nodes);
+        // One that does nothing is no loss: when there is little to do, one node does it all.
+        let victim = world.holder().await;
+        world.kill(victim);
         world.heals("SIGKILL");
-        world.restart(round % nodes, &[]).await;
+        world.restart(victim, &[]).await;
     }
     let checked = world.check().await;
     assert!(checked.lost > 0, "a kill must have hit something");
 }
 
-/// SIGKILL, one node after the other, while the others work.
+/// SIGKILL, four times, of a node that holds jobs, while the others work.
 pub async fn killed(seed: u64) {
     kills(seed, 3, Habits::default()).await;
 }
 
 /// The same with one cursor: its order is strict whatever dies.
 pub async fn killed_with_one_cursor(seed: u64) {
-    kills(seed, 2, Habits { producers: 1, cursors: 1, failing: 0.1, ms: 1, ..Habits::default() }).await;
+    kills(seed, 2, Habits { producers: 1, cursors: 1, failing: 0.1, ms: 5, ..Habits::default() }).await;
 }
 
 /// SIGSTOP for longer than the lease, then SIGCONT: a ghost, whose settles must be refused.

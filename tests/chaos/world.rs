@@ -183,6 +183,29 @@ impl World {
         self.count(&format!("select count(*) from pgcue.leases where node = '{name}' and dead_at is null")).await > 0
     }
 
+    /// Whether a node has a lease, as it sees that itself.
+    pub fn believes(&self, number: usize) -> bool {
+        let log = self.log(number);
+        log.matches("began a new lease").count() == log.matches("lost the lease").count()
+    }
+
+    /// A node that holds jobs now; waits until there is one.
+    pub async fn holder(&self) -> usize {
+        let sql = self.sql().await;
+        let holders = "select l.node from pgcue.claims c join pgcue.leases l on l.id = c.lease
+            where l.dead_at is null order by random()";
+        let end = Instant::now() + Duration::from_secs(30);
+        while Instant::now() < end {
+            let rows = sql.query(holders, &[]).await.unwrap();
+            let number =
+                |row: &tokio_postgres::Row| self.nodes.iter().position(|node| node.name == row.get::<_, &str>(0));
+            if let Some(number) = rows.iter().find_map(number) {
+                return number;
+            }
+        }
+        panic!("no node holds jobs within 30s");
+    }
+
     /// Wait until a node has begun a lease.
     pub async fn ready(&self, number: usize) {
         self.eventually(&format!("node {number} has a lease"), || self.has_lease(number)).await;
