@@ -41,7 +41,7 @@ impl Dev {
         }
         // Only the schema of the common options: the database is our own.
         let config = Common { database_url: None, schema: common.schema.clone() }.config(None, flags)?;
-        super::start_logging(&config);
+        super::log::start(&config, std::io::stderr);
         eprintln!(
             "starting a private PostgreSQL ({})",
             home.as_ref().map_or("nothing is kept".into(), |h| h.display().to_string())

@@ -5,6 +5,7 @@ mod cursors;
 mod dev;
 mod enqueue;
 mod jobs;
+mod log;
 mod run;
 mod status;
 mod verify;
@@ -147,16 +148,6 @@ async fn run(cli: Cli) -> Result<()> {
         Command::Status(status) => status.run(&common).await,
         Command::Bench(bench) => bench.run(&common).await,
         Command::Verify(verify) => verify.run(&common).await,
-    }
-}
-
-/// Log to standard error, as the configuration says.
-fn start_logging(config: &Config) {
-    let log = tracing_subscriber::fmt().with_env_filter(&config.log).with_writer(std::io::stderr);
-    if config.log_json {
-        log.json().init();
-    } else {
-        log.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init();
     }
 }
 

@@ -48,7 +48,7 @@ impl Run {
             println!("the configuration is valid");
             return Ok(());
         }
-        super::start_logging(&config);
+        super::log::start(&config, std::io::stderr);
         Node::new(config).await?.run().await
     }
 }

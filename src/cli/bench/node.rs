@@ -19,7 +19,7 @@ use tracing_subscriber::fmt::writer::MakeWriterExt;
 
 use super::place::Place;
 use super::process;
-use crate::cli::Common;
+use crate::cli::{Common, log};
 use crate::error::{Error, Result};
 use crate::job::Job;
 use crate::node::{Node, stop_signal};
@@ -124,7 +124,7 @@ impl BenchNode {
         let config = common.config(None, vec![("queues.default.slots".into(), self.slots.to_string())])?;
         // Spans cost what they cost a node that logs as usual; its lines would only disturb the progress bar.
         let quiet = std::io::stderr.with_max_level(tracing::Level::WARN);
-        tracing_subscriber::fmt().with_env_filter(&config.log).with_writer(quiet).init();
+        log::start(&config, quiet);
         let pad = noise(self.state.saturating_sub(r#"{"n":100000,"pad":""}"#.len()));
         let pad_too = Arc::clone(&pad);
         let node = Node::new(config)
