@@ -1,5 +1,6 @@
 -- Live jobs: everything that waits or runs. A plain INSERT or COPY enqueues; only the first group of
--- columns is meant to be written by users.
+-- columns is meant to be written by users. What these may hold is checked when they are inserted (see check_job), and
+-- not by the table, which would check it again whenever a job starts.
 create type stage as enum ('scheduled', 'ready', 'blocked', 'suspect');
 create type outcome as enum ('completed', 'failed', 'cancelled', 'lost');
 -- What a job of a cursor does to the jobs behind it: while it waits for its next attempt, they wait too
@@ -14,31 +15,22 @@ create sequence horizon;
 
 create table jobs (
   id bigint generated always as identity primary key,
-  queue text not null default 'default'
-    constraint "queue must be 1 to 512 bytes" check (octet_length(queue) between 1 and 512),
-  kind text not null
-    constraint "kind must be 1 to 512 bytes" check (octet_length(kind) between 1 and 512),
+  queue text not null default 'default',
+  kind text not null,
   payload json not null default 'null',
   priority smallint not null default 0,
   expected_at timestamptz not null default 'infinity',
-  run_at timestamptz not null default now()
-    constraint "run_at must be finite" check (isfinite(run_at)),
-  max_attempts smallint not null default 25
-    constraint "max_attempts must be 1 or more" check (max_attempts > 0),
-  timeout interval
-    constraint "timeout must be longer than zero, up to 1000 years"
-      check (timeout > interval '0' and timeout <= interval '1000 years'),
-  cursor_key text
-    constraint "cursor_key must be 1 to 1024 bytes" check (octet_length(cursor_key) between 1 and 1024),
+  run_at timestamptz not null default now(),
+  max_attempts smallint not null default 25,
+  timeout interval,
+  cursor_key text,
   -- Null is hold and continue.
   on_retry on_retry,
   on_failure on_failure,
   -- Of the jobs of one queue and kind that have not started yet, at most one has this key.
-  collapse_key text
-    constraint "collapse_key must be 1 to 1024 bytes" check (octet_length(collapse_key) between 1 and 1024),
+  collapse_key text,
   headers json,
-  created_at timestamptz not null default now()
-    constraint "created_at must be finite" check (isfinite(created_at)),
+  created_at timestamptz not null default now(),
   -- Written by pgcue alone. stage: what the indexes know of the row; a claim never writes it.
   stage stage not null default 'ready',
   pos bigint not null default nextval('line'),

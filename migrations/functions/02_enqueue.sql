@@ -4,7 +4,10 @@
 create or replace function refuse(argument text, value text, allowed text) returns void
 language plpgsql set search_path from current as $$
 begin
-  raise exception 'pgcue: % is %: give %', refuse.argument, coalesce(left(refuse.value, 80), 'null'), refuse.allowed
+  raise exception 'pgcue: % is %: give %', refuse.argument,
+    case when refuse.value = '' then 'empty' when length(refuse.value) > 80
+      then format('%s.. (%s bytes)', left(refuse.value, 80), octet_length(refuse.value)) else coalesce(refuse.value, 'null') end,
+    refuse.allowed
     using errcode = 'invalid_parameter_value';
 end $$;
 
@@ -18,6 +21,33 @@ begin
   end if;
   return small.value;
 end $$;
+
+-- What a column cannot be is refused by name.
+create or replace function check_job() returns trigger
+language plpgsql set search_path from current as $$
+begin
+  perform refuse(c.name, c.value, c.allowed)
+    from (values
+      ('queue', new.queue, octet_length(new.queue) between 1 and 512, '1 to 512 bytes'),
+      ('kind', new.kind, octet_length(new.kind) between 1 and 512, '1 to 512 bytes'),
+      ('cursor_key', new.cursor_key, octet_length(new.cursor_key) between 1 and 1024, '1 to 1024 bytes'),
+      ('collapse_key', new.collapse_key, octet_length(new.collapse_key) between 1 and 1024, '1 to 1024 bytes'),
+      ('run_at', new.run_at::text, isfinite(new.run_at), 'a finite time'),
+      ('created_at', new.created_at::text, isfinite(new.created_at), 'a finite time'),
+      ('max_attempts', new.max_attempts::text, new.max_attempts > 0, '1 or more'),
+      ('timeout', new.timeout::text, new.timeout > interval '0' and new.timeout <= interval '1000 years',
+        'more than zero, up to 1000 years')
+    ) c(name, value, fits, allowed)
+    where not c.fits;
+  return new;
+end $$;
+
+create or replace trigger check_job before insert on jobs for each row
+  when (not (octet_length(new.queue) between 1 and 512 and octet_length(new.kind) between 1 and 512
+    and octet_length(new.cursor_key) between 1 and 1024 and octet_length(new.collapse_key) between 1 and 1024
+    and isfinite(new.run_at) and isfinite(new.created_at) and new.max_attempts > 0
+    and new.timeout > interval '0' and new.timeout <= interval '1000 years'))
+  execute function check_job();
 
 -- A job for later is not born ready (only such rows pay for the call).
 create or replace function schedule_later() returns trigger

@@ -15,44 +15,43 @@ begin
   end if;
 end $$;
 
--- Candidates of a claim, without locking any: the first max_jobs claimable rows of the queue's lanes,
--- by falling priority, each lane read from its mark on. Dated rows (expected_at) have no mark. at_end:
+-- Candidates of a claim, without locking any: the first max_jobs claimable rows of all_lanes (by falling priority), each
+-- read from its mark on. Dated rows (expected_at) have no mark. Every pos above line_end is new to these scans. at_end:
 -- nothing stands behind these candidates.
 -- A suspect (a job that lost its node) is a claim of its own, before all others: suspects are few and
 -- had reached the head of the line once. One that was lost twice waits until the lease holds no other.
 create or replace function read_line(
   lease bigint, queue text, kinds text[], max_jobs int, cutoff timestamptz,
-  inout lanes smallint[], inout marks bigint[],
+  all_lanes smallint[], line_end bigint, suspects boolean, inout lanes smallint[], inout marks bigint[],
   out tids tid[], out keys text[], out at_lane smallint[], out at_pos bigint[], out suspect smallint,
   out took_ms float8, out at_end boolean
 )
 language plpgsql as $$
 #variable_conflict use_column
 declare
-  line_end bigint := (select last_value from line); -- read first: every pos above it is new to the scans
   lane smallint;
   mark bigint;
   seen record;
   new_lanes smallint[] := '{}';
   new_marks bigint[] := '{}';
 begin
-  select array[j.ctid], array[j.cursor_key], array[j.priority], array[j.pos], j.losses
-    into tids, keys, at_lane, at_pos, suspect
-    from jobs j
-    where j.queue = read_line.queue and j.stage = 'suspect' and j.token is null
-      and (read_line.kinds is null or j.kind = any(read_line.kinds))
-      and case (select max(c.losses) from claims c where c.lease = read_line.lease)
-        when 2 then false when 1 then j.losses = 1 else true end
-    order by j.priority desc, j.pos limit 1;
-  if found then
-    lanes := null; marks := null; -- no lane was read
-    return;
+  if suspects then
+    select array[j.ctid], array[j.cursor_key], array[j.priority], array[j.pos], j.losses
+      into tids, keys, at_lane, at_pos, suspect
+      from jobs j
+      where j.queue = read_line.queue and j.stage = 'suspect' and j.token is null
+        and (read_line.kinds is null or j.kind = any(read_line.kinds))
+        and case (select max(c.losses) from claims c where c.lease = read_line.lease)
+          when 2 then false when 1 then j.losses = 1 else true end
+      order by j.priority desc, j.pos limit 1;
+    if found then
+      lanes := null; marks := null; -- no lane was read
+      return;
+    end if;
   end if;
 
   suspect := 0; tids := '{}'; keys := '{}'; at_lane := '{}'; at_pos := '{}'; at_end := true;
-  for lane in
-    select l.priority from lanes l where l.queue = read_line.queue union select 0::smallint order by priority desc
-  loop
+  foreach lane in array all_lanes loop
     if cardinality(tids) >= read_line.max_jobs then
       at_end := false;
       exit;
@@ -110,17 +109,22 @@ create or replace function claim_lanes(
 ) returns table (
   priority smallint, mark bigint, contended boolean, at_end boolean, in_order bigint[],
   id bigint, tid tid, kind text, payload json, attempt smallint, max_attempts smallint, timeout_ms bigint,
-  headers json, waited_ms float8, on_retry on_retry, on_failure on_failure,
+  headers json, waited_ms float8, lets_pass boolean, halts boolean,
   cursor_key text, cursor_state json, cursor_version bigint, cursor_turn bigint
 )
 language plpgsql set search_path from current as $$
 #variable_conflict use_column
 declare
   cutoff timestamptz := clock_timestamp();
+  paused boolean;
+  suspects boolean;
+  all_lanes smallint[];
+  line_end bigint;
   line record;
   runs record;
+  owned text[];
+  left_at int;
   chosen tid[];
-  contended boolean := false;
   ids bigint[];
   line_lanes smallint[];
   line_marks bigint[];
@@ -128,9 +132,10 @@ declare
   may_park int := claim_lanes.to_park;
   reads int; -- so often it reads past busy cursors
 begin
-  perform require_read_committed();
-  if not (claim_lanes.token is not null and claim_lanes.queue is not null and coalesce(claim_lanes.max_jobs, 0) > 0
-      and coalesce(claim_lanes.run_length, 0) > 0) then
+  -- A statement costs about as much as a job: all that can be is asked in one, and what is wrong only if something is.
+  if not (current_setting('transaction_isolation') = 'read committed' and claim_lanes.token is not null
+      and claim_lanes.queue is not null and coalesce(claim_lanes.max_jobs, 0) > 0 and coalesce(claim_lanes.run_length, 0) > 0) then
+    perform require_read_committed();
     perform refuse('token', null, 'a random number that was never used') where claim_lanes.token is null;
     perform refuse('queue', null, 'its name') where claim_lanes.queue is null;
     perform refuse('max_jobs', claim_lanes.max_jobs::text, '1 or more') where claim_lanes.max_jobs > 0 is not true;
@@ -138,21 +143,27 @@ begin
   end if;
   reads := greatest(10, 1000 / claim_lanes.max_jobs);
   -- The lease first: the reaper locks it before it touches jobs, so no claim ends leased to nobody.
-  perform from leases l
-    where l.id = claim_lanes.lease and l.dead_at is null and l.expires_at > cutoff for key share;
+  select exists (select from queues q where q.name = claim_lanes.queue and q.paused_at is not null),
+      exists (select from jobs j where j.queue = claim_lanes.queue and j.stage = 'suspect'),
+      array(select n.priority from lanes n where n.queue = claim_lanes.queue union select 0::smallint order by priority desc),
+      (select last_value from line)
+    into paused, suspects, all_lanes, line_end
+    from leases l where l.id = claim_lanes.lease and l.dead_at is null and l.expires_at > cutoff for key share;
   if not found then
     raise exception 'pgcue: lease % has ended', claim_lanes.lease using errcode = 'PQ001';
   end if;
-  if exists (select from queues q where q.name = claim_lanes.queue and q.paused_at is not null) then
+  if paused then
     return;
   end if;
 
   line_lanes := claim_lanes.lanes;
   line_marks := claim_lanes.marks;
-  select null::text[] as owned, null::int as left_at into runs;
+  contended := false;
   for again in 1 .. reads loop
     line := read_line(claim_lanes.lease, claim_lanes.queue, claim_lanes.kinds, claim_lanes.max_jobs, cutoff,
-      line_lanes, line_marks);
+      all_lanes, line_end, suspects, line_lanes, line_marks);
+    chosen := '{}';
+    exit when line.tids = '{}';
     -- Plain rows are locked only now: another claimer may have been faster.
     select coalesce(array_agg(l.tid), '{}'), array_agg(l.id order by l.lane desc, l.expected_at, l.pos) into chosen, ids
       from (
@@ -166,6 +177,8 @@ begin
     runs := own_cursors(claim_lanes.token, claim_lanes.queue, claim_lanes.kinds, cutoff, line.tids, line.keys,
       line.suspect > 0, claim_lanes.max_jobs - cardinality(chosen), claim_lanes.run_length,
       coalesce(claim_lanes.longest_run, claim_lanes.run_length), greatest(may_park, line.suspect::int));
+    owned := runs.owned;
+    left_at := runs.left_at;
     may_park := runs.to_park;
     contended := contended or runs.contended;
     chosen := chosen || runs.tids;
@@ -181,28 +194,28 @@ begin
     contended := contended or again = reads;
   end loop;
 
-  return query
-    select l.lane,
-      -- Marks must not pass a cursor that found no room.
-      case when runs.left_at is null or l.lane > line.at_lane[runs.left_at] then l.mark
-        when l.lane = line.at_lane[runs.left_at] and line.at_pos[runs.left_at] is not null then line.at_pos[runs.left_at] - 1
-        else coalesce(line_marks[array_position(line_lanes, l.lane)], 0) end,
-      contended, line.at_end and runs.left_at is null, case when l.n = 1 then ids end, null::bigint, null::tid, null::text, null::json, null::smallint, null::smallint, null::bigint,
-      null::json, line.took_ms, null::on_retry, null::on_failure, null::text, null::json, null::bigint, null::bigint
-    -- A claim of a suspect reads no lane, and has one row to say if it was contended.
-    from unnest(coalesce(line.lanes, array[null::smallint]), coalesce(line.marks, array[null::bigint]))
-      with ordinality l(lane, mark, n);
+  for n in 1 .. greatest(cardinality(line.lanes), 1) loop -- a claim of a suspect reads no lane, and has one row too
+    priority := line.lanes[n];
+    -- Marks must not pass a cursor that found no room.
+    mark := case when left_at is null or priority > line.at_lane[left_at] then line.marks[n]
+      when priority = line.at_lane[left_at] and line.at_pos[left_at] is not null then line.at_pos[left_at] - 1
+      else coalesce(line_marks[array_position(line_lanes, priority)], 0) end;
+    at_end := line.at_end and left_at is null;
+    in_order := case when n = 1 then ids end;
+    waited_ms := line.took_ms;
+    return next;
+  end loop;
   if cardinality(chosen) = 0 then
     return;
   end if;
   insert into claims (token, lease, queue, ids, open, losses)
     values (claim_lanes.token, claim_lanes.lease, claim_lanes.queue, ids, cardinality(ids), line.suspect);
-  if runs.owned is not null then
+  if owned is not null then
     return query
       select null::smallint, null::bigint, null::boolean, null::boolean, null::bigint[], null::bigint, null::tid,
-        null::text, null::json, null::smallint, null::smallint, null::bigint, null::json, null::float8, null::on_retry, null::on_failure,
+        null::text, null::json, null::smallint, null::smallint, null::bigint, null::json, null::float8, null::boolean, null::boolean,
         c.key, c.state, c.version, c.turn
-      from unnest(runs.owned) o(key)
+      from unnest(owned) o(key)
       cross join lateral (
         select * from cursors c where c.queue = claim_lanes.queue and c.key = o.key order by c.turn desc limit 1
       ) c;
@@ -217,7 +230,8 @@ begin
         when pg_column_size(j.payload) > claim_lanes.max_inline
           or octet_length(j.payload::text) > claim_lanes.max_inline then null
         else j.payload end, j.attempt, j.max_attempts, (date_part('epoch', j.timeout) * 1000)::bigint, j.headers,
-      date_part('epoch', cutoff - greatest(j.run_at, j.created_at)) * 1000, j.on_retry, j.on_failure,
+      date_part('epoch', cutoff - least(greatest(j.run_at, j.created_at), cutoff)) * 1000,
+      j.on_retry is not distinct from 'pass', j.on_failure is not distinct from 'halt',
       j.cursor_key, null::json, null::bigint, null::bigint;
 end $$;
 

@@ -147,8 +147,8 @@ async fn bad_keys_are_refused_with_the_field_and_the_fix() {
     for (call, says) in [
         ("select collapse('noop')", "collapse_key is null: give a collapse_key or a cursor_key"),
         ("select collapse('noop', cursor_key => 'a', on_conflict => 'mix')", "give keep, replace or merge"),
-        ("select enqueue('noop', cursor_key => '')", "cursor_key must be 1 to 1024 bytes"),
-        ("select enqueue('noop', cursor_key => repeat('k', 10000))", "cursor_key must be 1 to 1024 bytes"),
+        ("select enqueue('noop', cursor_key => '')", "cursor_key is empty: give 1 to 1024 bytes"),
+        ("select enqueue('noop', cursor_key => repeat('k', 10000))", "kkk.. (10000 bytes): give 1 to 1024 bytes"),
     ] {
         let error = sql.batch_execute(call).await.unwrap_err();
         assert!(error.as_db_error().unwrap().message().contains(says), "{call}: {error:?}");

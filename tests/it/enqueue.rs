@@ -99,12 +99,18 @@ async fn the_database_refuses_in_words_that_name_the_field() {
     let db = database().await;
     let sql = db.sql().await;
     for (statement, says) in [
-        ("insert into jobs (kind) values ('')", "kind must be 1 to 512 bytes"),
-        ("insert into jobs (kind, queue) values ('k', '')", "queue must be 1 to 512 bytes"),
-        ("insert into jobs (kind, cursor_key) values ('k', repeat('x', 10000))", "cursor_key must be 1 to 1024 bytes"),
-        ("insert into jobs (kind, timeout) values ('k', '-1 s')", "timeout must be longer than zero, up to 1000 years"),
-        ("select enqueue('k', run_at => 'infinity')", "run_at must be finite"),
-        ("select enqueue('k', max_attempts => 0)", "max_attempts must be 1 or more"),
+        ("insert into jobs (kind) values ('')", "kind is empty: give 1 to 512 bytes"),
+        ("insert into jobs (kind, queue) values ('k', '')", "queue is empty: give 1 to 512 bytes"),
+        (
+            "insert into jobs (kind, cursor_key) values ('k', repeat('x', 10000))",
+            "xxx.. (10000 bytes): give 1 to 1024 bytes",
+        ),
+        (
+            "insert into jobs (kind, timeout) values ('k', '-1 s')",
+            "timeout is -00:00:01: give more than zero, up to 1000 years",
+        ),
+        ("select enqueue('k', run_at => 'infinity')", "run_at is infinity: give a finite time"),
+        ("select enqueue('k', max_attempts => 0)", "max_attempts is 0: give 1 or more"),
         ("select enqueue('k', priority => 40000)", "priority is 40000: give -32768 to 32767"),
         ("select enqueue('k', '{\"a\":}')", "invalid input syntax for type json"),
         ("select settle(1, 1, 'done')", "outcome is done: give completed, failed, cancelled, retry, snooze or release"),

@@ -76,7 +76,7 @@ pub(super) async fn burn_down(place: &Place, jobs: i64, batch: u32, payload: u32
     Ok((jobs as f64 / seconds, wal as f64 / jobs as f64))
 }
 
-/// The tables `bare_jobs` and `bare_history`: pgcue's columns, defaults, checks and indexes, and no triggers.
+/// The tables `bare_jobs` and `bare_history`: pgcue's columns, defaults and indexes, and no triggers.
 pub(super) async fn tables(place: &Place) -> Result<()> {
     let options = "select array_to_string(reloptions, ', ') from pg_class where oid = 'jobs'::regclass";
     let options: Option<String> = place.sql.query_typed(options, &[]).await?[0].get(0);

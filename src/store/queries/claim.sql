@@ -1,4 +1,3 @@
 select priority, mark, contended, at_end, in_order, id, tid, kind, payload, attempt, max_attempts, timeout_ms, headers, waited_ms,
-  on_retry is not distinct from 'pass', on_failure is not distinct from 'halt',
-  cursor_key, cursor_state, cursor_version, cursor_turn
+  lets_pass, halts, cursor_key, cursor_state, cursor_version, cursor_turn
 from pgcue.claim_lanes($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)
