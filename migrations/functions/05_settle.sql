@@ -7,16 +7,17 @@ language sql volatile set search_path from current as $$
   select make_interval(secs => least(power(2, greatest(least(backoff.attempt, 30), 1) - 1), 3600) * (0.5 + random() / 2))
 $$;
 
--- Move live rows into history, addressed by (tid, id, token); token null means a job that no one runs. Those that
--- completed in a queue that keeps no history are deleted, which is cheaper. Of a row that asks for another attempt,
--- only what may not have one is finished here: cancelled meanwhile, out of attempts, or lost too often. Returns the
--- ids that were finished, and of these the failures that halt their cursor.
+-- Move live rows into history: those at tids that have an id and its token; token null means a job that no one runs.
+-- Those that completed in a queue that keeps no history are deleted, which is cheaper. Of a row that asks for another
+-- attempt, only what may not have one is finished here: cancelled meanwhile, out of attempts, or lost too often. Returns
+-- the ids that were finished, and of these the failures that halt their cursor.
 create or replace function finish(
   tids tid[], ids bigint[], tokens bigint[], outcomes text[], results text[], errors text[],
   ages_ms float8[], snapshots text[], versions bigint[],
   out done bigint[], out done_tokens bigint[], out halts bigint[], out halt_queues text[], out halt_keys text[]
 )
-language plpgsql as $$
+-- One scan for all places and a hash join: a nested loop would begin a scan for each.
+language plpgsql set enable_nestloop = off set enable_hashjoin = on as $$
 #variable_conflict use_column
 declare
   ended timestamptz := clock_timestamp();
@@ -27,8 +28,8 @@ begin
   if forgetful <> '{}' then
     with gone as (
       delete from jobs j
-      using unnest(finish.tids, finish.ids, finish.tokens, finish.outcomes) e(tid, id, token, outcome)
-      where j.ctid = e.tid and j.id is not distinct from e.id and j.token is not distinct from e.token
+      using unnest(finish.ids, finish.tokens, finish.outcomes) e(id, token, outcome)
+      where j.ctid = any(finish.tids) and j.id = e.id and j.token is not distinct from e.token
         and e.outcome = 'completed' and j.queue = any(forgetful)
       returning j.id, j.token
     )
@@ -41,11 +42,9 @@ begin
   end if;
   with gone as (
     delete from jobs j
-    using unnest(finish.tids, finish.ids, finish.tokens, finish.outcomes, finish.results, finish.errors,
-      finish.ages_ms, finish.snapshots, finish.versions)
-      e(tid, id, token, outcome, result, error, age_ms, snapshot, version)
-    -- Not `j.id = e.id`: a plan made on an empty table would look each job up by its id.
-    where j.ctid = e.tid and j.id is not distinct from e.id and j.token is not distinct from e.token
+    using unnest(finish.ids, finish.tokens, finish.outcomes, finish.results, finish.errors, finish.ages_ms,
+      finish.snapshots, finish.versions) e(id, token, outcome, result, error, age_ms, snapshot, version)
+    where j.ctid = any(finish.tids) and j.id = e.id and j.token is not distinct from e.token
       and (e.outcome in ('completed', 'failed', 'cancelled')
         or j.cancelled_at is not null
         or e.outcome in ('retry', 'lost') and j.attempt >= j.max_attempts
@@ -54,9 +53,9 @@ begin
       j.losses + (e.outcome = 'lost')::int as losses, j.timeout, j.cursor_key, j.headers, j.created_at, j.on_failure,
       coalesce(ended - make_interval(secs => e.age_ms / 1000), j.started_at) as started_at,
       e.result, coalesce(e.error, j.error) as error, e.snapshot, e.version,
-      case when e.outcome in ('completed', 'failed', 'cancelled') then e.outcome
-        when j.cancelled_at is not null then 'cancelled'
-        when e.outcome = 'retry' then 'failed' else 'lost' end::outcome as state
+      case when e.outcome = 'completed' then 'completed'::outcome when e.outcome = 'failed' then 'failed'
+        when e.outcome = 'cancelled' or j.cancelled_at is not null then 'cancelled'
+        when e.outcome = 'retry' then 'failed' else 'lost' end as state
   ), kept as (
     insert into finished_jobs (id, queue, kind, state, payload, result, error, priority, expected_at, run_at,
       attempt, max_attempts, losses, timeout, cursor_key, cursor_snapshot, cursor_version, headers,
