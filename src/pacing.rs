@@ -6,6 +6,9 @@ use std::time::{Duration, Instant};
 const PREFETCH_HORIZON: Duration = Duration::from_millis(100);
 /// At most so many claimed jobs wait in memory.
 pub const MAX_PREFETCH: usize = 2000;
+/// While so many jobs have ended and are not settled, none is claimed: a database that settles slowly must not fill
+/// the node's memory, nor lose much work with the node.
+pub const MAX_UNSETTLED: usize = 4000;
 /// At most so many jobs are claimed in one call.
 pub const MAX_CLAIM: usize = 1000;
 /// A full pass is due after this time, if full passes are cheap.
@@ -15,11 +18,12 @@ const FULL_PASS_SHARE: u32 = 20;
 
 /// How many jobs to claim for `slots` slots, of which `busy` run, with `waiting` jobs claimed already
 /// and a mean run of `mean_run`: what the free slots can start, and as many more as the slots will
-/// finish within 100 ms. None as long as half of that is at hand: claims are cheap in bulk.
-pub fn demand(slots: usize, busy: usize, waiting: usize, mean_run: Duration) -> usize {
+/// finish within 100 ms. None as long as half of that is at hand: claims are cheap in bulk; and none while too
+/// many, `unsettled`, wait for their settle.
+pub fn demand(slots: usize, busy: usize, waiting: usize, unsettled: usize, mean_run: Duration) -> usize {
     let prefetch = slots.saturating_mul(runs_ahead(mean_run)).min(MAX_PREFETCH);
     let target = slots.saturating_sub(busy) + prefetch;
-    if waiting * 2 > target { 0 } else { (target - waiting).min(MAX_CLAIM) }
+    if waiting * 2 > target || unsettled >= MAX_UNSETTLED { 0 } else { (target - waiting).min(MAX_CLAIM) }
 }
 
 /// How many jobs of one cursor to take at once: what a slot finishes within 100 ms, at least one.
@@ -146,21 +150,23 @@ mod tests {
 
     #[test]
     fn long_jobs_are_not_prefetched_and_short_ones_are() {
-        assert_eq!(demand(16, 16, 0, Duration::from_secs(1)), 0);
-        assert_eq!(demand(16, 10, 0, Duration::from_secs(1)), 6);
-        assert_eq!(demand(16, 16, 0, Duration::from_millis(10)), 160);
-        assert_eq!(demand(16, 0, 1500, Duration::from_micros(5)), 0, "more than half is at hand");
-        assert_eq!(demand(16, 0, 900, Duration::from_micros(5)), 1000);
+        assert_eq!(demand(16, 16, 0, 0, Duration::from_secs(1)), 0);
+        assert_eq!(demand(16, 10, 0, 0, Duration::from_secs(1)), 6);
+        assert_eq!(demand(16, 16, 0, 0, Duration::from_millis(10)), 160);
+        assert_eq!(demand(16, 0, 1500, 0, Duration::from_micros(5)), 0, "more than half is at hand");
+        assert_eq!(demand(16, 0, 900, 0, Duration::from_micros(5)), 1000);
+        assert_eq!(demand(16, 0, 0, MAX_UNSETTLED, Duration::from_micros(5)), 0, "settles are behind");
         assert_eq!(run_length(Duration::from_millis(30), 50), 3);
         assert_eq!(run_length(Duration::from_secs(30), 50), 1);
     }
 
     proptest! {
         #[test]
-        fn never_more_than_slots_and_prefetch(slots in 0usize..2000, busy in 0usize..3000, waiting in 0usize..4000, us in 0u64..10_000_000) {
-            let n = demand(slots, busy, waiting, Duration::from_micros(us));
+        fn never_more_than_slots_and_prefetch(slots in 0usize..2000, busy in 0usize..3000, waiting in 0usize..4000, unsettled in 0usize..9000, us in 0u64..10_000_000) {
+            let n = demand(slots, busy, waiting, unsettled, Duration::from_micros(us));
             prop_assert!(n <= MAX_CLAIM);
             prop_assert!(n + waiting <= slots + MAX_PREFETCH || n == 0);
+            prop_assert!(n == 0 || unsettled < MAX_UNSETTLED);
         }
     }
 

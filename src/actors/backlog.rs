@@ -10,6 +10,7 @@ use actix::Recipient;
 use tokio::sync::Notify;
 
 use super::messages::Collect;
+use crate::pacing::MAX_UNSETTLED;
 use crate::store::{ClaimedJob, ClaimedRun, EndedRun};
 
 /// Claimed runs, in order.
@@ -99,12 +100,27 @@ impl Backlog {
 
 /// Runs that ended and wait to be settled.
 #[derive(Default)]
-pub(crate) struct Outbox(Mutex<Vec<EndedRun>>);
+pub(crate) struct Outbox {
+    ended: Mutex<Vec<EndedRun>>,
+    /// Jobs that ended and are not settled: here, or with the Completer.
+    unsettled: AtomicUsize,
+}
 
 impl Outbox {
     /// All of them.
     pub(crate) fn collect(&self) -> Vec<EndedRun> {
-        std::mem::take(&mut *lock(&self.0))
+        std::mem::take(&mut *lock(&self.ended))
+    }
+
+    /// How many jobs ended and are not settled.
+    pub(crate) fn unsettled(&self) -> usize {
+        self.unsettled.load(Ordering::Acquire)
+    }
+
+    /// So many jobs are settled. Answers whether claims waited for that.
+    pub(crate) fn settled(&self, jobs: usize) -> bool {
+        let before = self.unsettled.fetch_sub(jobs, Ordering::AcqRel);
+        before >= MAX_UNSETTLED && before - jobs < MAX_UNSETTLED
     }
 }
 
@@ -118,11 +134,12 @@ pub(crate) struct Endings {
 impl Endings {
     /// Add runs, and tell the Completer unless it has been told already.
     pub(crate) fn add(&self, ended: impl IntoIterator<Item = EndedRun>) {
-        let mut all = lock(&self.outbox.0);
-        let first = all.is_empty();
+        let mut all = lock(&self.outbox.ended);
+        let known = all.len();
         all.extend(ended);
+        self.outbox.unsettled.fetch_add(all[known..].iter().map(|run| run.jobs.len()).sum(), Ordering::AcqRel);
         drop(all);
-        if first {
+        if known == 0 {
             self.completer.do_send(Collect);
         }
     }

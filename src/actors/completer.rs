@@ -1,6 +1,6 @@
 //! Settles what ended, in batches: while one settle is on its way, the next batch gathers.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -31,7 +31,7 @@ pub(crate) struct Completer {
     lease: Lease,
     metrics: Metrics,
     kinds: HashMap<(Arc<str>, Arc<str>), KindMetrics>,
-    pending: Vec<EndedRun>,
+    pending: VecDeque<EndedRun>,
     settling: usize,
     flushed: Vec<oneshot::Sender<()>>,
     bell: Bell,
@@ -53,7 +53,7 @@ impl Completer {
             bell,
             outbox,
             kinds: HashMap::new(),
-            pending: Vec::new(),
+            pending: VecDeque::new(),
             settling: 0,
             flushed: Vec::new(),
         }
@@ -84,8 +84,7 @@ impl Completer {
             }
             return;
         }
-        let rest = self.pending.split_off(cut(&self.pending));
-        let batch = std::mem::replace(&mut self.pending, rest);
+        let batch: Vec<EndedRun> = self.pending.drain(..cut(&self.pending)).collect();
         self.settling = jobs(&batch);
         self.metrics.settle_size.with_label_values::<&str>(&[]).observe(self.settling as f64);
         // What runs again, or lets a cursor go, leaves work behind for somebody.
@@ -94,7 +93,10 @@ impl Completer {
         let (store, lease) = (self.store.clone(), self.lease.clone());
         let settle = async move { settle_all(&store, batch, &lease).await };
         ctx.spawn(settle.into_actor(self).map(move |refused, completer, ctx| {
-            completer.settling = 0;
+            let settled = std::mem::take(&mut completer.settling);
+            if completer.outbox.settled(settled) {
+                completer.bell.wake_all(Cause::Slots);
+            }
             completer.metrics.settles_refused.inc_by(refused as u64);
             if leaves_work {
                 completer.bell.wake_all(Cause::Settled);
@@ -150,12 +152,12 @@ fn settle_all<'a>(store: &'a Store, mut batch: Vec<EndedRun>, lease: &'a Lease) 
     .boxed_local()
 }
 
-fn jobs(batch: &[EndedRun]) -> usize {
-    batch.iter().map(|run| run.jobs.len()).sum()
+fn jobs<'a>(runs: impl IntoIterator<Item = &'a EndedRun>) -> usize {
+    runs.into_iter().map(|run| run.jobs.len()).sum()
 }
 
-/// How many runs of a batch to settle in one call.
-fn cut(batch: &[EndedRun]) -> usize {
+/// How many of the runs that wait to settle in one call.
+fn cut(pending: &VecDeque<EndedRun>) -> usize {
     let (mut jobs, mut bytes) = (0, 0);
     let fits = |run: &&EndedRun| {
         let fits = jobs < MAX_SETTLE && bytes < MAX_SETTLE_BYTES;
@@ -163,7 +165,7 @@ fn cut(batch: &[EndedRun]) -> usize {
         bytes += run.bytes();
         fits
     };
-    batch.iter().take_while(fits).count()
+    pending.iter().take_while(fits).count()
 }
 
 async fn attempt(store: &Store, batch: &[EndedRun]) -> Result<usize> {

@@ -134,14 +134,15 @@ impl Handler<Demand> for WorkerPool {
         let shared = &self.shared;
         let mean_run = Duration::from_nanos(shared.mean_run.load(Ordering::Relaxed));
         let waiting = shared.backlog.jobs();
-        let busy = shared.busy.load(Ordering::Acquire);
-        let jobs = pacing::demand(self.config.slots, busy, waiting, mean_run);
+        let demand = |waiting| {
+            let (busy, unsettled) = (shared.busy.load(Ordering::Acquire), shared.tools.endings.outbox.unsettled());
+            pacing::demand(self.config.slots, busy, waiting, unsettled, mean_run)
+        };
+        let jobs = demand(waiting);
         if jobs == 0 {
             // Promise a wake-up first, then look again: a slot may have come free in between.
             shared.hungry_below.store(waiting / 2, Ordering::Release);
-            let busy = shared.busy.load(Ordering::Acquire);
-            let jobs = pacing::demand(self.config.slots, busy, shared.backlog.jobs(), mean_run);
-            return Wanted { jobs, mean_run };
+            return Wanted { jobs: demand(shared.backlog.jobs()), mean_run };
         }
         shared.hungry_below.store(usize::MAX, Ordering::Release);
         Wanted { jobs, mean_run }

@@ -44,6 +44,37 @@ async fn a_claim_that_commits_while_it_is_given_back_keeps_its_row() {
     assert_eq!(db.store.give_back(7).await.unwrap(), 1, "now there is");
 }
 
+/// Jobs end faster than the database settles them.
+#[actix::test]
+async fn a_node_claims_no_more_while_what_ended_is_not_settled() {
+    let db = database().await;
+    let (sql, gate) = (db.sql().await, db.sql().await);
+    sql.batch_execute(
+        "create function wait_at_gate() returns trigger language plpgsql as
+          'begin perform pg_advisory_xact_lock_shared(5); return null; end';
+        create trigger wait_at_gate before insert on finished_jobs for each statement execute function wait_at_gate();
+        insert into jobs (kind) select 'noop' from generate_series(1, 20000)",
+    )
+    .await
+    .unwrap();
+    gate.batch_execute("select pg_advisory_lock(5)").await.unwrap();
+    let node = db.demo_node().await.start().await.unwrap();
+    somebody_waits(&gate).await;
+    let claimed = async || value::<i64>(&sql, "select coalesce(sum(open), 0)::bigint from claims").await;
+    let mut before = -1;
+    while std::mem::replace(&mut before, claimed().await) != before {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    // 4,000 that ended, a claim that began just before, 2,000 that wait and what the slots run.
+    assert!((4000..=7100).contains(&before), "{before} jobs are claimed");
+    gate.batch_execute("select pg_advisory_unlock(5)").await.unwrap();
+    eventually("all jobs complete", Duration::from_secs(60), async || {
+        value::<i64>(&sql, "select count(*) from finished_jobs where state = 'completed'").await == 20_000
+    })
+    .await;
+    node.drain().await.unwrap();
+}
+
 #[actix::test]
 async fn what_a_lost_lease_held_goes_back_whole() {
     let db = database().await;
