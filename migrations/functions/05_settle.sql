@@ -16,8 +16,9 @@ create or replace function finish(
   ages_ms float8[], snapshots text[], versions bigint[],
   out done bigint[], out done_tokens bigint[], out halts bigint[], out halt_queues text[], out halt_keys text[]
 )
--- One scan for all places and a hash join: a nested loop would begin a scan for each.
-language plpgsql set enable_nestloop = off set enable_hashjoin = on as $$
+-- One scan of all places and a hash join: a nested loop would begin a scan for each. Without indexes: when vacuum has
+-- seen the table empty, a plan would walk through a whole one, and compare each row with all places.
+language plpgsql set enable_nestloop = off set enable_hashjoin = on set enable_indexscan = off as $$
 #variable_conflict use_column
 declare
   ended timestamptz := clock_timestamp();
