@@ -62,6 +62,11 @@ create index jobs_cancelled on jobs (id) where cancelled_at is not null;
 create table lanes (queue text not null, priority smallint not null);
 create index lanes_key on lanes (queue, priority);
 
+-- At or before its floor no job of a lane stands, or ever will: reading begins behind, past the dead entries that a long
+-- snapshot keeps. Raised in leaps (raise_floors): of a row that changes often such a snapshot would keep every version.
+create table floors (queue text, priority smallint, pos bigint not null default 0, primary key (queue, priority))
+  with (fillfactor = 50);
+
 create table queues (
   name text primary key,
   paused_at timestamptz,

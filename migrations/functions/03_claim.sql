@@ -15,14 +15,44 @@ begin
   end if;
 end $$;
 
+-- Raise the floors of all lanes that nodes serve: what was in the line when it ended at line_end is committed by now, or
+-- never will be. Whoever is first does it; the others do not wait. It walks over dead entries once, so that claims need not.
+create or replace function raise_floors(line_end bigint) returns void
+language plpgsql set search_path from current as $$
+#variable_conflict use_column
+declare
+  leap constant int := 100000;
+  lane record;
+  raised bigint;
+begin
+  update floors f set pos = 0 where f.pos > (select last_value from line); -- a server whose sequences were left behind
+  insert into floors (queue, priority)
+    select s.queue, n.priority
+    from (select distinct unnest(l.queues) as queue from leases l) s
+    cross join lateral (select 0::smallint as priority union select k.priority from lanes k where k.queue = s.queue) n
+    where not exists (select from floors f where f.queue = s.queue and f.priority = n.priority)
+    on conflict do nothing;
+  for lane in
+    select f.ctid as tid, f.* from floors f where f.pos + leap < raise_floors.line_end for update skip locked
+  loop
+    raised := coalesce((
+      select j.pos - 1 from jobs j
+      where j.queue = lane.queue and j.priority = lane.priority and j.stage = 'ready' and j.expected_at = 'infinity'
+        and j.pos > lane.pos
+      order by j.pos limit 1), raise_floors.line_end);
+    update floors f set pos = least(raised, raise_floors.line_end)
+      where f.ctid = lane.tid and f.pos + leap / 2 < least(raised, raise_floors.line_end);
+  end loop;
+end $$;
+
 -- Candidates of a claim, without locking any: the first max_jobs claimable rows of all_lanes (by falling priority), each
--- read from its mark on. Dated rows (expected_at) have no mark. Every pos above line_end is new to these scans. at_end:
--- nothing stands behind these candidates.
+-- read from its mark on, and at least from its floor. Dated rows (expected_at) have neither. Every pos above line_end is
+-- new to these scans. at_end: nothing stands behind these candidates.
 -- A suspect (a job that lost its node) is a claim of its own, before all others: suspects are few and
 -- had reached the head of the line once. One that was lost twice waits until the lease holds no other.
 create or replace function read_line(
   lease bigint, queue text, kinds text[], max_jobs int, cutoff timestamptz,
-  all_lanes smallint[], line_end bigint, suspects boolean, inout lanes smallint[], inout marks bigint[],
+  all_lanes smallint[], floors bigint[], line_end bigint, suspects boolean, inout lanes smallint[], inout marks bigint[],
   out tids tid[], out keys text[], out at_lane smallint[], out at_pos bigint[], out suspect smallint,
   out took_ms float8, out at_end boolean
 )
@@ -51,12 +81,13 @@ begin
   end if;
 
   suspect := 0; tids := '{}'; keys := '{}'; at_lane := '{}'; at_pos := '{}'; at_end := true;
-  foreach lane in array all_lanes loop
+  for n in 1 .. cardinality(all_lanes) loop
     if cardinality(tids) >= read_line.max_jobs then
       at_end := false;
       exit;
     end if;
-    mark := coalesce(read_line.marks[array_position(read_line.lanes, lane)], 0);
+    lane := all_lanes[n];
+    mark := greatest(read_line.marks[array_position(read_line.lanes, lane)], floors[n]);
     select array_agg(s.tid) as tids, array_agg(s.cursor_key) as keys, array_agg(s.pos) as pos, count(*)::int as n
       into seen
       from (
@@ -119,6 +150,7 @@ declare
   paused boolean;
   suspects boolean;
   all_lanes smallint[];
+  floors bigint[];
   line_end bigint;
   line record;
   runs record;
@@ -145,10 +177,14 @@ begin
   -- The lease first: the reaper locks it before it touches jobs, so no claim ends leased to nobody.
   select exists (select from queues q where q.name = claim_lanes.queue and q.paused_at is not null),
       exists (select from jobs j where j.queue = claim_lanes.queue and j.stage = 'suspect'),
-      array(select n.priority from lanes n where n.queue = claim_lanes.queue union select 0::smallint order by priority desc),
-      (select last_value from line)
-    into paused, suspects, all_lanes, line_end
-    from leases l where l.id = claim_lanes.lease and l.dead_at is null and l.expires_at > cutoff for key share;
+      n.lanes, n.floors, (select last_value from line)
+    into paused, suspects, all_lanes, floors, line_end
+    from leases l cross join (
+      select array_agg(n.priority order by n.priority desc) as lanes, array_agg(coalesce(f.pos, 0) order by n.priority desc) as floors
+      from (select k.priority from lanes k where k.queue = claim_lanes.queue union select 0::smallint) n
+      left join floors f on f.queue = claim_lanes.queue and f.priority = n.priority
+    ) n
+    where l.id = claim_lanes.lease and l.dead_at is null and l.expires_at > cutoff for key share of l;
   if not found then
     raise exception 'pgcue: lease % has ended', claim_lanes.lease using errcode = 'PQ001';
   end if;
@@ -161,7 +197,7 @@ begin
   contended := false;
   for again in 1 .. reads loop
     line := read_line(claim_lanes.lease, claim_lanes.queue, claim_lanes.kinds, claim_lanes.max_jobs, cutoff,
-      all_lanes, line_end, suspects, line_lanes, line_marks);
+      all_lanes, floors, line_end, suspects, line_lanes, line_marks);
     chosen := '{}';
     exit when line.tids = '{}';
     -- Plain rows are locked only now: another claimer may have been faster.

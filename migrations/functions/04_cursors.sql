@@ -285,19 +285,25 @@ begin
     where j.id = any(array(select m.id from moves m));
 end $$;
 
--- Move the horizon: called with what the last call returned, by any number of nodes. An id is drawn by a
--- transaction that holds a lock on jobs already, so when the writers of that time have ended, no insert
--- with an id below the one that was seen then can appear any more.
-create or replace function move_horizon(seen bigint, writers text[], out new_seen bigint, out new_writers text[])
+-- Move the horizon, and the floors of the line: called with what the last call returned, by any number of nodes. An id, or
+-- a pos, is drawn by a transaction that holds a lock on jobs already, so when the writers of that time have ended, no row
+-- with one below those that were seen then can appear any more.
+create or replace function move_horizon(
+  seen bigint, line_end bigint, writers text[], out new_seen bigint, out new_line_end bigint, out new_writers text[]
+)
 language plpgsql set search_path from current as $$
 begin
   new_seen := (select last_value from jobs_id_seq);
+  new_line_end := (select last_value from line);
   new_writers := array(
     select distinct l.virtualtransaction from pg_locks l
     where l.locktype = 'relation' and l.relation = 'jobs'::regclass and l.mode = 'RowExclusiveLock'
       and l.database = (select d.oid from pg_database d where d.datname = current_database())
       and l.virtualtransaction <> (select m.virtualtransaction from pg_locks m where m.pid = pg_backend_pid() limit 1));
-  if seen > (select last_value from horizon) and not writers && new_writers then
-    perform setval('horizon', seen);
+  if not writers && new_writers then
+    if seen > (select last_value from horizon) then
+      perform setval('horizon', seen);
+    end if;
+    perform raise_floors(line_end);
   end if;
 end $$;

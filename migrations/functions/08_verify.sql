@@ -70,6 +70,11 @@ begin
       format('%s jobs of priority %s are in no lane: nobody reads them', l.jobs, l.priority), 'add the lane'
     from (select j.queue, j.priority, count(*) as jobs from jobs j group by j.queue, j.priority) l
     where l.priority <> 0 and not exists (select from lanes k where k.queue = l.queue and k.priority = l.priority)
+    union all
+    select 'stands before its floor', j.queue, j.id, j.cursor_key, j.token,
+      format('stands at %s, and reading begins behind %s', j.pos, f.pos), 'put in line'
+    from jobs j join floors f on f.queue = j.queue and f.priority = j.priority
+    where j.stage = 'ready' and j.expected_at = 'infinity' and j.pos <= f.pos
     -- Claims and leases.
     union all
     select 'runs without a claim', r.queue, r.id, r.key, r.token, 'no claim holds it: nobody would take it back', 'put back'
@@ -187,7 +192,9 @@ begin
   when 'put in line' then
     update jobs j set stage = case when j.losses > 0 then 'suspect' else 'ready' end::stage, pos = nextval('line')
       where j.id = repair.job and (j.stage = 'blocked' and j.cursor_key is null or j.stage = 'scheduled' and j.token is not null
-        or j.stage = 'ready' and j.losses > 0 or j.stage = 'suspect' and j.losses = 0);
+        or j.stage = 'ready' and j.losses > 0 or j.stage = 'suspect' and j.losses = 0
+        or j.stage = 'ready' and exists (
+          select from floors f where f.queue = j.queue and f.priority = j.priority and f.pos >= j.pos));
     done := found;
   when 'cancel' then
     perform from jobs j where j.id = repair.job and j.cancelled_at is not null and j.token is null for update;

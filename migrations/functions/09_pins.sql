@@ -9,7 +9,7 @@ begin
   for entry in
     select p.oid from pg_proc p
     where p.pronamespace = (select n.oid from pg_namespace n where n.nspname = current_schema()) and p.proname = any('{
-      claim_lanes, claim, settle, give_back, end_lease, extend, reap, cancel, promote,
+      claim_lanes, claim, settle, give_back, end_lease, extend, reap, cancel, promote, move_horizon,
       halt_cursor, resume_cursor, release_cursor, skip_cursor, set_cursor_state, delete_cursor, lock_cursor, why, repair}')
   loop
     execute format('alter function %s

@@ -108,6 +108,7 @@ pub struct Extended {
 #[derive(Debug, Clone, Default)]
 pub struct Horizon {
     seen: Option<i64>,
+    line_end: Option<i64>,
     writers: Vec<String>,
 }
 
@@ -335,13 +336,14 @@ impl Store {
         .await
     }
 
-    /// Move the id below which no insert can appear any more, past which cursors' mailboxes are read.
+    /// Move the id below which no insert can appear any more, past which cursors' mailboxes are read, and the
+    /// floors from which the line is read.
     pub async fn move_horizon(&self, last: &Horizon) -> Result<Horizon> {
         self.call(async |c, q| {
-            let params: [(&(dyn ToSql + Sync), Type); 2] =
-                [(&last.seen, Type::INT8), (&last.writers, Type::TEXT_ARRAY)];
+            let params: [(&(dyn ToSql + Sync), Type); 3] =
+                [(&last.seen, Type::INT8), (&last.line_end, Type::INT8), (&last.writers, Type::TEXT_ARRAY)];
             let row = c.query_typed(&q.move_horizon, &params).await?;
-            Ok(Horizon { seen: row[0].get(0), writers: row[0].get(1) })
+            Ok(Horizon { seen: row[0].get(0), line_end: row[0].get(1), writers: row[0].get(2) })
         })
         .await
     }

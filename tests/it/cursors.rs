@@ -301,7 +301,7 @@ async fn a_job_that_falls_due_while_its_cursor_runs_is_not_behind_the_mark() {
     let db = database().await;
     let sql = db.sql().await;
     let setup = "select enqueue('noop', cursor_key => 'a', run_at => now() + interval '20 ms'); select enqueue('noop', cursor_key => 'a');
-        select move_horizon(1000, '{}')";
+        select move_horizon(1000, 0, '{}')";
     sql.batch_execute(setup).await.unwrap();
     let claim = async || sql.query_one("select id, token from claim()", &[]).await.unwrap();
     let row = claim().await;

@@ -279,3 +279,36 @@ async fn one_call_may_settle_a_job_under_an_old_and_a_new_token() {
     assert_eq!(db.store.verify().await.unwrap(), []);
     assert_eq!(db.job(1).await.state, "completed");
 }
+
+/// A producer draws its place and commits late, when the line has long gone on.
+#[actix::test]
+async fn a_floor_rises_past_a_late_commit_only_without_its_guard() {
+    for guarded in [true, false] {
+        let db = database().await;
+        let (sql, producer) = (db.sql().await, db.sql().await);
+        sql.batch_execute("select begin_lease(1, 'tester', '1 h', '{default}')").await.unwrap();
+        if !guarded {
+            without(&sql, "move_horizon", "if not writers && new_writers then", "if writers is not null then").await;
+        }
+        producer.batch_execute("begin; select enqueue('noop')").await.unwrap();
+        sql.batch_execute("select setval('line', 500000)").await.unwrap();
+        let raise = async || {
+            let seen = db.store.move_horizon(&Default::default()).await.unwrap();
+            db.store.move_horizon(&seen).await.unwrap();
+            value::<i64>(&sql, "select coalesce(max(pos), 0) from floors").await
+        };
+        assert_eq!(raise().await > 0, !guarded);
+        producer.batch_execute("commit").await.unwrap();
+        let found = db.store.verify().await.unwrap();
+        let claim = "select id from claim_lanes(1, 2, 'default', null, 1, 1, '{}', '{}') where id is not null";
+        if !guarded {
+            assert_eq!(found.iter().map(|f| &*f.rule).collect::<Vec<_>>(), ["stands before its floor"]);
+            assert!(sql.query(claim, &[]).await.unwrap().is_empty(), "nobody reads there");
+            assert!(db.store.repair(&found[0]).await.unwrap());
+        }
+        assert_eq!(db.store.verify().await.unwrap(), []);
+        assert_eq!(sql.query(claim, &[]).await.unwrap().len(), 1);
+        sql.batch_execute("select settle(1, 2)").await.unwrap();
+        assert_eq!(raise().await, 500_000, "now nothing is before it");
+    }
+}
