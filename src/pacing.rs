@@ -37,10 +37,13 @@ fn runs_ahead(mean_run: Duration) -> usize {
 
 /// Near the end of the line, claims read again what was drawn within this time.
 const TAIL: Duration = Duration::from_millis(100);
+/// Between two such claims lies at least this multiple of the last one's reading: while a snapshot is held they read
+/// all that is gone since, too.
+const TAIL_SHARE: u32 = 8;
 
 /// Where claims go on reading. As long as there is plenty, from the last row that was read. At the end
-/// of the line, from where the reading stood a moment ago: of the rows that arrive there, some commit
-/// later than their neighbours, and lie behind the mark.
+/// of the line, unless that is expensive, from where the reading stood a moment ago: of the rows that arrive there, some
+/// commit later than their neighbours, and lie behind the mark.
 #[derive(Debug)]
 pub struct Marks<M> {
     last: M,
@@ -48,12 +51,16 @@ pub struct Marks<M> {
     older: M,
     turned: Instant,
     at_end: bool,
+    /// When the last moment may be read again, and whether it is being read.
+    tail_due: Instant,
+    tail: bool,
 }
 
 impl<M: Clone + Default> Marks<M> {
     /// Nothing was read yet.
     pub fn new(now: Instant) -> Self {
-        Marks { last: M::default(), recent: M::default(), older: M::default(), turned: now, at_end: false }
+        let (last, recent, older) = (M::default(), M::default(), M::default());
+        Marks { last, recent, older, turned: now, at_end: false, tail_due: now, tail: false }
     }
 
     /// True if the last claim read to the end of the line: nobody waits behind.
@@ -67,12 +74,16 @@ impl<M: Clone + Default> Marks<M> {
     }
 
     /// Where the next claim reads on.
-    pub fn next(&self) -> M {
-        if self.at_end { self.older.clone() } else { self.last.clone() }
+    pub fn next(&mut self, now: Instant) -> M {
+        self.tail = self.at_end && now >= self.tail_due;
+        if self.tail { self.older.clone() } else { self.last.clone() }
     }
 
-    /// A claim read until there; to the end of the line or not.
-    pub fn read(&mut self, now: Instant, until: M, at_end: bool) {
+    /// A claim read until there, and so long; to the end of the line or not.
+    pub fn read(&mut self, now: Instant, until: M, at_end: bool, took: Duration) {
+        if std::mem::take(&mut self.tail) {
+            self.tail_due = now + took * TAIL_SHARE;
+        }
         self.last = until;
         self.at_end = at_end;
         if now - self.turned >= TAIL {
@@ -171,21 +182,24 @@ mod tests {
     }
 
     #[test]
-    fn at_the_end_of_the_line_the_last_moment_is_read_again() {
+    fn at_the_end_of_the_line_the_last_moment_is_read_again_as_long_as_that_is_cheap() {
         let start = Instant::now();
         let at = |ms| start + Duration::from_millis(ms);
+        let took = Duration::from_millis;
         let mut marks = Marks::<u64>::new(start);
-        marks.read(at(1), 10, false);
-        assert_eq!(marks.next(), 10, "plenty: on from the last row");
-        marks.read(at(2), 20, true);
-        assert_eq!(marks.next(), 0, "the end: from a moment ago");
-        marks.read(at(110), 30, true);
-        marks.read(at(150), 40, true);
-        assert_eq!(marks.next(), 0, "30 was reached only 40 ms ago");
-        marks.read(at(220), 50, true);
-        assert_eq!(marks.next(), 30, "more than 100 ms ago");
-        marks.read(at(221), 60, false);
-        assert_eq!(marks.next(), 60);
+        marks.read(at(1), 10, false, took(0));
+        assert_eq!(marks.next(at(1)), 10, "plenty: on from the last row");
+        marks.read(at(2), 20, true, took(0));
+        assert_eq!(marks.next(at(2)), 0, "the end: from a moment ago");
+        marks.read(at(110), 30, true, took(0));
+        marks.read(at(150), 40, true, took(0));
+        assert_eq!(marks.next(at(151)), 0, "30 was reached only 40 ms ago");
+        marks.read(at(220), 50, true, took(1));
+        assert_eq!(marks.next(at(221)), 50, "not so soon again");
+        marks.read(at(222), 55, true, took(9));
+        assert_eq!(marks.next(at(228)), 30, "more than 100 ms ago, and the last such reading was short");
+        marks.read(at(229), 60, false, took(0));
+        assert_eq!(marks.next(at(229)), 60);
     }
 
     #[test]

@@ -81,8 +81,9 @@ impl Dispatcher {
         }
         self.rest.doing = Doing::Passing;
         self.rest.woken = false;
-        let full = self.full_passes && self.rest.passes.is_due(Instant::now());
-        let marks = if full { self.rest.passes.begin() } else { self.rest.marks.next() };
+        let now = Instant::now();
+        let full = self.full_passes && self.rest.passes.is_due(now);
+        let marks = if full { self.rest.passes.begin() } else { self.rest.marks.next(now) };
         let (queue, kinds, pool) = (Arc::clone(&self.queue), Arc::clone(&self.kinds), self.pool.clone());
         let (store, lease, run_length) = (self.store.clone(), self.lease.clone(), self.run_length);
         // While others wait in the line, no cursor gets more than its share.
@@ -161,7 +162,7 @@ impl Dispatcher {
                     self.bell.wake_scheduler(Cause::Tick);
                 }
                 if !claimed.marks.is_empty() && (!full || ended) {
-                    self.rest.marks.read(now, claimed.marks, claimed.at_end);
+                    self.rest.marks.read(now, claimed.marks, claimed.at_end, claimed.reading);
                 }
                 if found > 0 {
                     self.start(claimed.runs, found);
