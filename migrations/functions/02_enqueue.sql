@@ -22,7 +22,7 @@ begin
   return small.value;
 end $$;
 
--- What a column cannot be is refused by name.
+-- What a column cannot be is refused by name. The condition says all of it at once, for every insert.
 create or replace function check_job() returns trigger
 language plpgsql set search_path from current as $$
 begin

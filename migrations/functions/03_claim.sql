@@ -35,13 +35,12 @@ begin
   for lane in
     select f.ctid as tid, f.* from floors f where f.pos + leap < raise_floors.line_end for update skip locked
   loop
-    raised := coalesce((
+    raised := least(raise_floors.line_end, (
       select j.pos - 1 from jobs j
       where j.queue = lane.queue and j.priority = lane.priority and j.stage = 'ready' and j.expected_at = 'infinity'
         and j.pos > lane.pos
-      order by j.pos limit 1), raise_floors.line_end);
-    update floors f set pos = least(raised, raise_floors.line_end)
-      where f.ctid = lane.tid and f.pos + leap / 2 < least(raised, raise_floors.line_end);
+      order by j.pos limit 1));
+    update floors f set pos = raised where f.ctid = lane.tid and f.pos + leap / 2 < raised;
   end loop;
 end $$;
 
@@ -166,7 +165,8 @@ declare
 begin
   -- A statement costs about as much as a job: all that can be is asked in one, and what is wrong only if something is.
   if not (current_setting('transaction_isolation') = 'read committed' and claim_lanes.token is not null
-      and claim_lanes.queue is not null and coalesce(claim_lanes.max_jobs, 0) > 0 and coalesce(claim_lanes.run_length, 0) > 0) then
+      and claim_lanes.queue is not null and coalesce(claim_lanes.max_jobs, 0) > 0
+      and coalesce(claim_lanes.run_length, 0) > 0) then
     perform require_read_committed();
     perform refuse('token', null, 'a random number that was never used') where claim_lanes.token is null;
     perform refuse('queue', null, 'its name') where claim_lanes.queue is null;
@@ -180,7 +180,8 @@ begin
       n.lanes, n.floors, (select last_value from line)
     into paused, suspects, all_lanes, floors, line_end
     from leases l cross join (
-      select array_agg(n.priority order by n.priority desc) as lanes, array_agg(coalesce(f.pos, 0) order by n.priority desc) as floors
+      select array_agg(n.priority order by n.priority desc) as lanes,
+        array_agg(coalesce(f.pos, 0) order by n.priority desc) as floors
       from (select k.priority from lanes k where k.queue = claim_lanes.queue union select 0::smallint) n
       left join floors f on f.queue = claim_lanes.queue and f.priority = n.priority
     ) n

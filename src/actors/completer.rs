@@ -32,7 +32,7 @@ pub(crate) struct Completer {
     metrics: Metrics,
     kinds: HashMap<(Arc<str>, Arc<str>), KindMetrics>,
     pending: VecDeque<EndedRun>,
-    settling: usize,
+    settling: bool,
     flushed: Vec<oneshot::Sender<()>>,
     bell: Bell,
     outbox: Arc<Outbox>,
@@ -54,7 +54,7 @@ impl Completer {
             outbox,
             kinds: HashMap::new(),
             pending: VecDeque::new(),
-            settling: 0,
+            settling: false,
             flushed: Vec::new(),
         }
     }
@@ -75,7 +75,7 @@ impl Completer {
     }
 
     fn settle(&mut self, ctx: &mut Context<Self>) {
-        if self.settling > 0 {
+        if self.settling {
             return;
         }
         if self.pending.is_empty() {
@@ -85,16 +85,17 @@ impl Completer {
             return;
         }
         let batch: Vec<EndedRun> = self.pending.drain(..cut(&self.pending)).collect();
-        self.settling = jobs(&batch);
-        self.metrics.settle_size.with_label_values::<&str>(&[]).observe(self.settling as f64);
+        let size = jobs(&batch);
+        self.settling = true;
+        self.metrics.settle_size.with_label_values::<&str>(&[]).observe(size as f64);
         // What runs again, or lets a cursor go, leaves work behind for somebody.
         let leaves_work =
             batch.iter().any(|run| run.cursor.is_some() || run.jobs.iter().any(|job| !job.verdict.outcome.is_final()));
         let (store, lease) = (self.store.clone(), self.lease.clone());
         let settle = async move { settle_all(&store, batch, &lease).await };
         ctx.spawn(settle.into_actor(self).map(move |refused, completer, ctx| {
-            let settled = std::mem::take(&mut completer.settling);
-            if completer.outbox.settled(settled) {
+            completer.settling = false;
+            if completer.outbox.settled(size) {
                 completer.bell.wake_all(Cause::Slots);
             }
             completer.metrics.settles_refused.inc_by(refused as u64);
@@ -152,8 +153,8 @@ fn settle_all<'a>(store: &'a Store, mut batch: Vec<EndedRun>, lease: &'a Lease) 
     .boxed_local()
 }
 
-fn jobs<'a>(runs: impl IntoIterator<Item = &'a EndedRun>) -> usize {
-    runs.into_iter().map(|run| run.jobs.len()).sum()
+fn jobs(batch: &[EndedRun]) -> usize {
+    batch.iter().map(|run| run.jobs.len()).sum()
 }
 
 /// How many of the runs that wait to settle in one call.
@@ -223,7 +224,7 @@ impl Handler<Observe> for Completer {
     type Result = Observed;
 
     fn handle(&mut self, _: Observe, _: &mut Self::Context) -> Observed {
-        let load = jobs(&self.pending) + self.settling;
+        let load = self.outbox.unsettled();
         Observed { state: if load == 0 { "idle" } else { "settling" }.into(), load }
     }
 }

@@ -1,8 +1,8 @@
 //! The dispatcher of one queue: claims what the pool has room for.
 //!
-//! A pass is one claim. It reads each lane from its watermark (see [`Marks`](crate::pacing::Marks)), or from its start when a
-//! full pass is due (see [`FullPasses`](crate::pacing::FullPasses)). Passes follow each other until one brings nothing; then the dispatcher
-//! asks to rest. As sentry, or guarded by another node's, it makes one more full pass, because jobs
+//! A pass is one claim. It reads each lane from its watermark (see [`Marks`](crate::pacing::Marks)), or from its
+//! start when a full pass is due (see [`FullPasses`](crate::pacing::FullPasses)). Passes follow each other until one
+//! brings nothing; then the dispatcher asks to rest. As sentry, or guarded by another node's, it makes one more full pass, because jobs
 //! may have arrived before the post was taken, and sleeps if and only if that leaves nothing behind, until a
 //! [`Wake`] or the tick. A sentry that takes all there is, and could take more, stays: then a job for an idle
 //! cluster costs one claim of one node. It stands down when it has as much as it can take, so that another node may stand
@@ -204,9 +204,15 @@ impl Dispatcher {
         self.rest.second_look = SECOND_LOOK;
     }
 
+    /// Stand for nothing any more. Returns whom to tell, if it was the sentry.
+    fn retire(&mut self) -> Option<(&Addr<Listener>, Leave)> {
+        let was_sentry = self.rest.standing.take() == Some(Standing::Sentry);
+        self.listener.as_ref().filter(|_| was_sentry).map(|listener| (listener, Leave(Arc::clone(&self.queue))))
+    }
+
     fn stand_down(&mut self) {
-        if let (Some(Standing::Sentry), Some(listener)) = (self.rest.standing.take(), &self.listener) {
-            listener.do_send(Leave(Arc::clone(&self.queue)));
+        if let Some((listener, leave)) = self.retire() {
+            listener.do_send(leave);
         }
     }
 
@@ -336,10 +342,7 @@ impl Handler<Drain> for Dispatcher {
 
     fn handle(&mut self, _: Drain, _: &mut Self::Context) -> Self::Result {
         self.rest.draining = true;
-        let left = match (self.rest.standing.take(), &self.listener) {
-            (Some(Standing::Sentry), Some(listener)) => Some(listener.send(Leave(Arc::clone(&self.queue)))),
-            _ => None,
-        };
+        let left = self.retire().map(|(listener, leave)| listener.send(leave));
         let drained = (self.rest.doing != Doing::Nothing).then(|| {
             let (drained, wait) = oneshot::channel();
             self.rest.drained = Some(drained);

@@ -109,6 +109,11 @@ async fn the_database_refuses_in_words_that_name_the_field() {
             "insert into jobs (kind, timeout) values ('k', '-1 s')",
             "timeout is -00:00:01: give more than zero, up to 1000 years",
         ),
+        ("insert into jobs (kind, collapse_key) values ('k', '')", "collapse_key is empty: give 1 to 1024 bytes"),
+        (
+            "insert into jobs (kind, created_at) values ('k', '-infinity')",
+            "created_at is -infinity: give a finite time",
+        ),
         ("select enqueue('k', run_at => 'infinity')", "run_at is infinity: give a finite time"),
         ("select enqueue('k', max_attempts => 0)", "max_attempts is 0: give 1 or more"),
         ("select enqueue('k', priority => 40000)", "priority is 40000: give -32768 to 32767"),
