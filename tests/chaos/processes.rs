@@ -43,16 +43,17 @@ pub async fn killed_with_one_cursor(seed: u64) {
 pub async fn stopped_beyond_its_lease(seed: u64) {
     let mut world = World::new(seed).await;
     world.nodes(2, &[]).await;
-    // Long jobs: whenever it is stopped, some run.
+    // Long jobs: whenever one that holds some is stopped, they run.
     world.load(Habits { ms: 1500, batch: 2, pause: Duration::from_millis(120), ..Habits::default() });
     world.progress(50).await;
     world.breaks("SIGSTOP");
-    world.signal(0, Signal::STOP);
-    world.eventually("its lease ends", || async { !world.has_lease(0).await }).await;
+    let ghost = world.holder().await;
+    world.signal(ghost, Signal::STOP);
+    world.eventually("its lease ends", || async { !world.has_lease(ghost).await }).await;
     tokio::time::sleep(LEASE / 2).await;
-    world.signal(0, Signal::CONT);
+    world.signal(ghost, Signal::CONT);
     world.heals("SIGSTOP");
-    world.eventually("the ghost begins a new lease", || async { world.has_lease(0).await }).await;
+    world.eventually("the ghost begins a new lease", || async { world.has_lease(ghost).await }).await;
     world.progress(100).await;
     let checked = world.check().await;
     assert!(checked.refused() > 0, "the ghost must have tried to settle");
