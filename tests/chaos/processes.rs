@@ -64,7 +64,8 @@ async fn aborts(seed: u64, point: &str) {
     world.nodes(1, &[]).await;
     world.breaks(point);
     world.node(&[(ABORT, point)]).await;
-    world.load(Habits { ms: 20, ..Habits::default() });
+    // More than the slots can do: whatever it has just claimed or settled, it has other jobs.
+    world.load(Habits { ms: 60, ..Habits::default() });
     assert!(!world.ended(1).await.success(), "it must have aborted");
     world.heals(point);
     world.restart(1, &[]).await;
