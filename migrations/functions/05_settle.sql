@@ -252,9 +252,8 @@ begin
     queues := queues || settle.run_queues;
   end if;
   with counted as (
-    update claims c set open = c.open - e.n
-      from (select d.token, count(*) as n from unnest(done_tokens) d(token) group by d.token) e
-      where c.token = e.token
+    update claims c set open = c.open - (select count(*) from unnest(done_tokens) d(token) where d.token = c.token)
+      where c.token = any(done_tokens) -- and no join: there the planner may walk through all claims instead
       returning c.token, c.open
   )
   select array_agg(c.token) into spent from counted c where c.open <= 0;

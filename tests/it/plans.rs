@@ -246,7 +246,8 @@ fn judge(plan: &Value, batch: u64) -> Vec<String> {
         offences.push(format!("an index of {table} is searched for rows whose place is known"));
     }
     let read = rows(plan);
-    if let (true, Some(table)) = (read > 4 * batch, table) {
+    let most = if table == Some("claims") { batch / 10 } else { 4 * batch }; // a claim has many jobs
+    if let (true, Some(table)) = (read > most, table) {
         offences.push(format!("{read} rows read from {table} by {node}"));
     }
     for below in plan["Plans"].as_array().into_iter().flatten() {
@@ -298,7 +299,7 @@ fn show(statement: &Value) -> String {
 }
 
 /// A database whose statistics nobody refreshes, and a session that planned everything on it while it was empty.
-async fn planned_on_nothing(before: &str) -> (Db, Session, Client) {
+async fn planned_on_nothing(before: &[&str]) -> (Db, Session, Client) {
     let db = database().await;
     let sql = db.sql().await;
     for table in ["jobs", "claims", "leases", "cursors", "cursor_keys"] {
@@ -306,7 +307,9 @@ async fn planned_on_nothing(before: &str) -> (Db, Session, Client) {
         let set = format!("alter table {table} set unlogged; alter table {table} set (autovacuum_enabled = off)");
         sql.batch_execute(&set).await.unwrap();
     }
-    sql.batch_execute(before).await.unwrap();
+    for statements in before {
+        sql.batch_execute(statements).await.unwrap();
+    }
     let session = Session::open(&db).await;
     session.warm_up().await;
     (db, session, sql)
@@ -314,16 +317,28 @@ async fn planned_on_nothing(before: &str) -> (Db, Session, Client) {
 
 #[actix::test]
 async fn plans_made_on_empty_tables_stay_within_the_batch_on_a_million_jobs() {
-    plans_stay_within_the_batch("", MILLION).await;
+    plans_stay_within_the_batch(&[], MILLION).await;
 }
 
 /// Between two bursts a queue is empty, and vacuum says so.
 #[actix::test]
 async fn plans_made_after_a_vacuum_of_empty_tables_do_too() {
-    plans_stay_within_the_batch("vacuum analyze", MILLION / 5).await;
+    plans_stay_within_the_batch(&["vacuum analyze"], MILLION / 5).await;
 }
 
-async fn plans_stay_within_the_batch(before: &str, thousand: i64) {
+/// Or it is nearly empty: one row in many pages.
+#[actix::test]
+async fn plans_made_after_a_vacuum_of_nearly_empty_tables_do_too() {
+    let burst = "insert into jobs (id, kind, cursor_key) overriding system value select -n, 'noop', n from generate_series(0, 2000) n;
+        insert into claims select n, 1, 'none', '{}', 1, 0 from generate_series(0, 2000) n;
+        insert into cursors (queue, key) select 'none', n from generate_series(0, 2000) n;
+        insert into cursor_keys (queue, key) select queue, key from cursors;
+        delete from jobs where cursor_key <> '2000'; delete from claims where token <> 2000;
+        delete from cursors where key <> '2000'; delete from cursor_keys where key <> '2000'";
+    plans_stay_within_the_batch(&[burst, "vacuum analyze"], MILLION / 5).await;
+}
+
+async fn plans_stay_within_the_batch(before: &[&str], thousand: i64) {
     let (_db, session, sql) = planned_on_nothing(before).await;
     let mark = load(&sql, thousand).await;
     session.explain().await;
@@ -349,7 +364,7 @@ async fn without_the_pins_a_plan_goes_over_a_whole_table() {
           select p.oid, split_part(s, '=', 1) from pg_proc p cross join unnest(p.proconfig) s
           where p.pronamespace = 'pgcue'::regnamespace and s ~ '^(enable_|jit|plan_cache_mode)'
         loop execute format('alter function %s reset %I', entry, setting); end loop; end $$";
-    let (_db, session, sql) = planned_on_nothing(unpinned).await;
+    let (_db, session, sql) = planned_on_nothing(&[unpinned]).await;
     let mark = load(&sql, MILLION / 20).await;
     session.explain().await;
     let mut scans = 0;
