@@ -328,7 +328,8 @@ begin
 end $$;
 
 -- Keep history: partitions of a day for a week ahead, made standalone and attached; days older than
--- keep_days dropped (0 keeps all). What a running dump or query blocks is left for the next time.
+-- keep_days dropped (0 keeps all). What was added is summarized in the block range index. What a running dump, query or
+-- vacuum blocks is left for the next time.
 -- Returns how many whole days ahead have a partition.
 create or replace function tend_history(keep_days int) returns int
 language plpgsql set search_path from current
@@ -351,7 +352,8 @@ begin
     name := 'finished_jobs_' || to_char(day, 'YYYYMMDD');
     if to_regclass(format('%I', name)) is null then
       begin
-        execute format('create table %I (like finished_jobs including defaults including indexes)', name);
+        execute format('create table %I (like finished_jobs including defaults including indexes)
+          with (autovacuum_vacuum_insert_threshold = -1)', name);
         execute format('alter table finished_jobs attach partition %I for values from (%L) to (%L)',
           name, day::timestamptz, (day + 1)::timestamptz);
       exception
@@ -378,6 +380,13 @@ begin
   if keep_days > 0 and whole then
     delete from finished_jobs_default where finished_at < (today - keep_days)::timestamptz;
   end if;
+  begin
+    perform brin_summarize_new_values(i.inhrelid)
+      from pg_inherits i join pg_index x on x.indexrelid = i.inhrelid join pg_class c on c.oid = x.indrelid
+      where i.inhparent = 'finished_jobs_id'::regclass
+        and right(c.relname, 8) in (to_char(today, 'YYYYMMDD'), to_char(today - 1, 'YYYYMMDD'), '_default');
+  exception when lock_not_available then -- vacuum is at it
+  end;
   delete from lanes a using lanes b where a.queue = b.queue and a.priority = b.priority and a.ctid > b.ctid;
   return ahead;
 end $$;

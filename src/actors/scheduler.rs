@@ -26,7 +26,7 @@ const HORIZON_EVERY: Duration = Duration::from_millis(500);
 /// an outage.
 const SHARE: u32 = 4;
 /// How often the history is tended.
-const TEND_EVERY: Duration = Duration::from_secs(600);
+const TEND_EVERY: Duration = Duration::from_secs(60);
 
 pub(crate) struct Scheduler {
     pub(crate) store: Store,

@@ -399,7 +399,36 @@ async fn a_settle_is_never_unwritable_and_a_dump_does_not_stop_it() {
     db.store.tend_history(7).await.unwrap();
     assert_eq!(value::<i64>(&sql, partitions).await, 9);
     // Nobody has made partitions for weeks: the default one takes it.
-    sql.batch_execute("drop table finished_jobs cascade").await.ok();
+    let today = "select to_char(now() at time zone 'UTC', 'YYYYMMDD')";
+    let today = value::<String>(&sql, today).await;
+    sql.batch_execute(&format!("alter table finished_jobs detach partition finished_jobs_{today}")).await.unwrap();
+    let id = enqueue(&sql, 1).await[0];
+    claim(&sql, 1, 11, 1, None).await;
+    settle(&sql, id, 11, "completed").await.unwrap();
+    assert_eq!(value::<i64>(&sql, "select id from finished_jobs_default").await, id);
+}
+
+/// What was finished is found by its id without reading the day: not by a vacuum, which has nothing to do there.
+#[actix::test]
+async fn history_is_summarized_as_it_grows() {
+    let db = database().await;
+    let sql = db.sql().await;
+    db.store.tend_history(0).await.unwrap();
+    let finished = "insert into finished_jobs select (jsonb_populate_record(f, jsonb_build_object('id', n))).*
+        from generate_series(1, 20000) n,
+        (values (row(0, 'default', 'noop', 'completed', '1', null, null, 0, now(), now(), 1, 1, 0, null, null, null, null, null,
+          now(), now(), now())::finished_jobs)) f(f)";
+    sql.batch_execute(finished).await.unwrap();
+    sql.batch_execute("set enable_seqscan = off").await.unwrap();
+    let pages = async || -> i64 {
+        let explain = "explain (analyze, buffers, format json) select from finished_jobs where id = 7";
+        let plan = value::<serde_json::Value>(&sql, explain).await;
+        plan[0]["Plan"]["Shared Hit Blocks"].as_i64().unwrap()
+    };
+    let before = pages().await;
+    db.store.tend_history(0).await.unwrap();
+    let after = pages().await;
+    assert!(after * 4 < before, "{after} buffers instead of {before}");
 }
 
 /// A plan that was made on an empty table must still be good after a load.

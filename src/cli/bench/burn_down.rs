@@ -49,11 +49,6 @@ pub(super) struct BurnDown {
 }
 
 impl BurnDown {
-    /// One round of such jobs, without the bare limit.
-    pub(super) fn of(jobs: i64, slots: u32, nodes: u32, shape: Shape, backdrop: Backdrop) -> Self {
-        BurnDown { jobs, slots, nodes, shape, payload: 2, backdrop, rounds: 1, bare_jobs: Some(0), batch: 1 }
-    }
-
     pub(super) async fn run(&self, place: &Place) -> Result<Found> {
         let rounds = bare::beside(place, self.rounds, || self.bare(place), || self.round(place)).await?;
         Ok(Found { bench: "burn-down", asked: asked(self), rounds, list: None })
@@ -72,7 +67,7 @@ impl BurnDown {
     }
 
     /// One round of pgcue, in a fresh schema.
-    pub(super) async fn round(&self, place: &Place) -> Result<Map<String, Value>> {
+    async fn round(&self, place: &Place) -> Result<Map<String, Value>> {
         let Shape { cursors, state } = self.shape;
         place.sql.query_typed("select pause('default')", &[]).await?;
         let kind = self.shape.kind(false);

@@ -14,7 +14,7 @@ use crate::error::Result;
 const CHUNK: i64 = 20_000;
 
 /// Jobs that are in the tables beside the measured ones.
-#[derive(Args, Serialize, Clone)]
+#[derive(Args, Serialize)]
 pub(super) struct Backdrop {
     /// So many more ready jobs stand in the line, in the same lane
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(i64).range(0..))]
@@ -28,7 +28,7 @@ pub(super) struct Backdrop {
 }
 
 /// What the measured jobs are like.
-#[derive(Args, Serialize, Clone)]
+#[derive(Args, Serialize)]
 pub(super) struct Shape {
     /// Jobs of so many cursors, in turn; 0: of none
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(i64).range(0..))]

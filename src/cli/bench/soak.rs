@@ -10,20 +10,22 @@ use tokio::task::JoinSet;
 use tokio_postgres::Client;
 use tokio_postgres::types::{ToSql, Type};
 
-use super::burn_down::BurnDown;
 use super::load::{Backdrop, Shape};
 use super::measure::{Meter, fields};
 use super::node::{At, Nodes};
 use super::place::Place;
 use super::report::{Found, asked};
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// Producers send so many batches a second.
 const BATCHES: u32 = 50;
 /// So many batches may be on their way; then the producer waits.
 const ON_THE_WAY: usize = 500;
-/// The jobs of the burn-down that finds the peak.
-const PEAK: i64 = 50_000;
+/// The peak is looked for while so many jobs wait, as near as the producer can see.
+const AHEAD: i64 = 10_000;
+/// From the third second on, when all is going.
+const WARM_UP: Duration = Duration::from_secs(3);
+const PEAK: Duration = Duration::from_secs(15);
 
 #[derive(Args, Serialize)]
 #[command(
@@ -33,7 +35,7 @@ const PEAK: i64 = 50_000;
     Here the --backlog is of a kind that no node handles, so that it stays."
 )]
 pub(super) struct Soak {
-    /// So many jobs a second; 0: 60% of a peak that is measured first, by a burn-down
+    /// So many jobs a second; 0: 60% of a peak that is measured first: what is worked off while as much is enqueued
     #[arg(long, value_name = "PER_SECOND", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
     rate: u32,
     /// For so long
@@ -83,15 +85,12 @@ impl Soak {
             }
             rate => (None, f64::from(rate)),
         };
-        place.fresh().await?;
-        self.backdrop.load(place, "nobody").await?;
-        place.sql.batch_execute("analyze jobs").await?;
+        let nodes = self.start(place).await?;
         let newest = place.sql.query_typed("select coalesce(max(id), 0) from jobs", &[]).await?[0].get::<_, i64>(0);
-        let nodes = Nodes::start(place, self.nodes as usize, self.slots as usize, self.shape.state as usize).await?;
-        let mut producer = Producer::new(place, &self.shape, rate).await?;
+        let mut producer = Producer::new(place, &self.shape).await?;
         let meter = Meter::begin(place, &nodes).await?;
         eprintln!("{rate:.0} jobs a second for {} minutes", self.minutes);
-        let sights = self.watch(place, &nodes, &mut producer).await?;
+        let sights = self.watch(place, &nodes, &mut producer, rate).await?;
         let jobs = producer.finish().await?;
         let late = jobs - sights.last().map_or(0, |sight| sight.begun as i64);
         let mut found = meter.until_gone(place, nodes, newest + 1, newest + jobs, jobs).await?;
@@ -104,24 +103,40 @@ impl Soak {
         Ok(Found { bench: "soak", asked: asked(self), rounds: vec![found], list })
     }
 
-    /// Jobs a second of a short burn-down of such jobs.
+    /// Nodes on a fresh schema, with what is to lie about.
+    async fn start(&self, place: &Place) -> Result<Nodes> {
+        place.fresh().await?;
+        self.backdrop.load(place, "nobody").await?;
+        place.sql.batch_execute("analyze jobs").await?;
+        Nodes::start(place, self.nodes as usize, self.slots as usize, self.shape.state as usize).await
+    }
+
+    /// Jobs a second when the producer keeps pace with the nodes.
     async fn peak(&self, place: &Place) -> Result<f64> {
         eprintln!("looking for the peak");
-        place.fresh().await?;
-        let burn_down = BurnDown::of(PEAK, self.slots, self.nodes, self.shape.clone(), self.backdrop.clone());
-        let found = burn_down.round(place).await?;
-        found["jobs_per_second"].as_f64().ok_or_else(|| Error::Setup("no peak was found".into()))
+        let nodes = self.start(place).await?;
+        let mut producer = Producer::new(place, &self.shape).await?;
+        let ahead = |_| nodes.begun() as i64 + AHEAD;
+        let begin = Instant::now();
+        producer.produce(begin, WARM_UP, ahead).await?;
+        let (before, since) = (nodes.begun(), Instant::now());
+        producer.produce(begin, PEAK, ahead).await?;
+        let peak = (nodes.begun() - before) as f64 / since.elapsed().as_secs_f64();
+        producer.finish().await?;
+        nodes.stop().await?;
+        Ok(peak)
     }
 
     /// Produce, look, and pin, until the time is over. The first sight is of the beginning.
-    async fn watch(&self, place: &Place, nodes: &Nodes, producer: &mut Producer) -> Result<Vec<Sight>> {
+    async fn watch(&self, place: &Place, nodes: &Nodes, producer: &mut Producer, rate: f64) -> Result<Vec<Sight>> {
         let time = Duration::from_secs_f64(self.minutes * 60.0);
         let interval = time / ((self.minutes * 60.0 / self.interval).round() as u32).max(4);
         let begin = Instant::now();
         let mut pin: Option<Client> = None;
         let mut sights = vec![look(place, nodes, 0, begin, false).await?];
         while begin.elapsed() < time {
-            producer.produce(begin, (interval * sights.len() as u32).min(time)).await?;
+            let until = (interval * sights.len() as u32).min(time);
+            producer.produce(begin, until, |passed| (passed.as_secs_f64() * rate) as i64).await?;
             let sight = look(place, nodes, producer.sent, begin, pin.is_some()).await?;
             let before = sights.last().expect("there is the first");
             let speed = (sight.begun - before.begun) as f64 / (sight.second - before.second);
@@ -203,30 +218,29 @@ fn trend(points: &[(f64, f64)]) -> Option<f64> {
     Some(slope / y * 100.0).filter(|trend| trend.is_finite())
 }
 
-/// Sends jobs in batches at their time, whether the ones before were answered or not.
+/// Sends jobs in batches when they are due, whether the ones before were answered or not.
 struct Producer {
     session: std::sync::Arc<Client>,
     kind: &'static str,
     cursors: i64,
-    rate: f64,
     sent: i64,
     on_the_way: JoinSet<Result<(), tokio_postgres::Error>>,
 }
 
 impl Producer {
-    async fn new(place: &Place, shape: &Shape, rate: f64) -> Result<Self> {
+    async fn new(place: &Place, shape: &Shape) -> Result<Self> {
         let session = place.session().await?.into();
         let (kind, cursors) = (shape.kind(true), shape.cursors);
-        Ok(Producer { session, kind, cursors, rate, sent: 0, on_the_way: JoinSet::new() })
+        Ok(Producer { session, kind, cursors, sent: 0, on_the_way: JoinSet::new() })
     }
 
-    /// Produce until this much time has passed since `begin`.
-    async fn produce(&mut self, begin: Instant, until: Duration) -> Result<()> {
+    /// Produce until this much time has passed since `begin`. How many jobs are due depends on the time so far.
+    async fn produce(&mut self, begin: Instant, until: Duration, due: impl Fn(Duration) -> i64) -> Result<()> {
         let mut ticks = tokio::time::interval(Duration::from_secs(1) / BATCHES);
         loop {
             ticks.tick().await;
             let now = begin.elapsed().min(until);
-            let due = (now.as_secs_f64() * self.rate) as i64;
+            let due = due(now);
             if due > self.sent {
                 self.send(due);
             }
