@@ -13,6 +13,41 @@
 -- none of the dead ones, and once for each key (a plain join, planned when there were few cursors, would
 -- read them all). It is locked by its ctid; a row that is not there any more changed at this instant.
 
+-- The first jobs of a cursor's mailbox, in order: the one that holds it, if any, then from its mark on. Its callers have
+-- `set search_path`, and their plans take it in. What may come before the mark is asked for in two parts: the scan of
+-- an index does not end where (rank, expected_at) < (mark's) does, but walks over the whole mailbox.
+create or replace function mailbox(queue text, key text, mark place, hold bigint, max_jobs int) returns table (
+  tid tid, id bigint, rank int, expected_at timestamptz, kind text, run_at timestamptz, losses smallint, token bigint, stage stage
+)
+language sql stable as $$
+  select * from (
+    (select j.ctid, j.id, -(j.priority::int), j.expected_at, j.kind, j.run_at, j.losses, j.token, j.stage
+      from jobs j where j.id = mailbox.hold)
+    union all
+    (select j.ctid, j.id, -(j.priority::int), j.expected_at, j.kind, j.run_at, j.losses, j.token, j.stage
+      from jobs j
+      where j.queue = mailbox.queue and j.cursor_key = mailbox.key and j.stage <> 'scheduled'
+        and -(j.priority::int) < (mailbox.mark).rank and j.id is distinct from mailbox.hold
+      order by -(j.priority::int), j.expected_at, j.id limit mailbox.max_jobs)
+    union all
+    (select j.ctid, j.id, -(j.priority::int), j.expected_at, j.kind, j.run_at, j.losses, j.token, j.stage
+      from jobs j
+      where j.queue = mailbox.queue and j.cursor_key = mailbox.key and j.stage <> 'scheduled'
+        and -(j.priority::int) = (mailbox.mark).rank and j.expected_at < (mailbox.mark).expected_at
+        and j.id is distinct from mailbox.hold
+      order by j.expected_at, j.id limit mailbox.max_jobs)
+    union all
+    (select j.ctid, j.id, -(j.priority::int), j.expected_at, j.kind, j.run_at, j.losses, j.token, j.stage
+      from jobs j
+      where j.queue = mailbox.queue and j.cursor_key = mailbox.key and j.stage <> 'scheduled'
+        and (-(j.priority::int), j.expected_at, j.id)
+          >= ((mailbox.mark).rank, (mailbox.mark).expected_at, (mailbox.mark).id)
+        and j.id is distinct from mailbox.hold
+      order by -(j.priority::int), j.expected_at, j.id limit mailbox.max_jobs)
+    limit mailbox.max_jobs
+  ) m
+$$;
+
 -- The first claimable jobs of free cursors, as runs: what a claim does with candidates that have a cursor.
 -- A run follows the order of the mailbox and ends before a kind that the claimer lacks and before a row
 -- that another transaction holds. Suspects are left to claims of a suspect, which take only the head.
@@ -45,25 +80,7 @@ begin
       for update skip locked
     ) c
     cross join lateral (
-      select row_number() over () as step, w.* from (
-        (select h.ctid as tid, h.id, -(h.priority::int) as rank, h.expected_at, h.kind, h.run_at, h.losses
-          from jobs h where h.id = c.hold)
-        union all
-        (select j.ctid, j.id, -(j.priority::int), j.expected_at, j.kind, j.run_at, j.losses
-          from jobs j
-          where j.queue = take_runs.queue and j.cursor_key = m.key and j.stage <> 'scheduled'
-            and (-(j.priority::int), j.expected_at) < ((c.mark).rank, (c.mark).expected_at)
-            and j.id is distinct from c.hold
-          order by -(j.priority::int), j.expected_at, j.id limit longest)
-        union all
-        (select j.ctid, j.id, -(j.priority::int), j.expected_at, j.kind, j.run_at, j.losses
-          from jobs j
-          where j.queue = take_runs.queue and j.cursor_key = m.key and j.stage <> 'scheduled'
-            and (-(j.priority::int), j.expected_at, j.id) >= ((c.mark).rank, (c.mark).expected_at, (c.mark).id)
-            and j.id is distinct from c.hold
-          order by -(j.priority::int), j.expected_at, j.id limit longest)
-        limit longest
-      ) w
+      select row_number() over () as step, w.* from mailbox(take_runs.queue, m.key, c.mark, c.hold, longest) w
     ) b
     limit take_runs.room
   ), free as materialized (
@@ -134,19 +151,17 @@ begin
         c.owner is null and c.halted_at is null as free, c.hold
       from cursors c where c.ctid = newest.tid for update skip locked
     ) c
+  ), early as materialized (
+    -- Cursors of which something was met before the mark.
+    select distinct b.tid from unnest(park.tids, park.keys) t(tid, key) join busy b on b.key = t.key join jobs j on j.ctid = t.tid
+    where -(j.priority::int) = (b.mark).rank and j.expected_at = (b.mark).expected_at and j.id < (b.mark).id
+  ), free as materialized (
+    select b.key, b.hold, case when b.tid in (select e.tid from early e) then row(-40000, '-infinity', 0)::place else b.mark end as mark
+    from busy b where b.free
   ), heads as materialized (
-    select b.key, h.id from busy b
-    cross join lateral (
-      (select j.id from jobs j where j.id = b.hold)
-      union all
-      (select j.id from jobs j where j.queue = park.queue and j.cursor_key = b.key and j.stage <> 'scheduled'
-        order by -(j.priority::int), j.expected_at, j.id limit 1)
-      limit 1
-    ) h
-    where b.free
+    select f.key, h.id from free f cross join lateral mailbox(park.queue, f.key, f.mark, f.hold, 1) h
   ), waiting as materialized (
-    select j.ctid as tid, j.cursor_key as key, row(-(j.priority::int), j.expected_at, j.id)::place as place
-    from unnest(park.tids, park.keys) t(tid, key) join jobs j on j.ctid = t.tid
+    select j.ctid as tid from unnest(park.tids, park.keys) t(tid, key) join jobs j on j.ctid = t.tid
     where (t.key in (select b.key from busy b) or t.key in (select unnest(park.owned)))
       and t.tid not in (select unnest(park.run_tids)) and j.id not in (select h.id from heads h)
       and j.stage in ('ready', 'suspect') and j.token is null
@@ -156,12 +171,7 @@ begin
     update jobs j set stage = 'blocked' from waiting w where j.ctid = w.tid returning 1
   ), lowered as (
     update cursors c set mark = row(-40000, '-infinity', 0), next_mark = row(-40000, '-infinity', 0)
-    from (
-      select b.tid from unnest(park.tids, park.keys) t(tid, key) join busy b on b.key = t.key join jobs j on j.ctid = t.tid
-      where -(j.priority::int) = (b.mark).rank and j.expected_at = (b.mark).expected_at and j.id < (b.mark).id
-      group by b.tid
-    ) b
-    where c.ctid = b.tid
+    from early e where c.ctid = e.tid
   )
   select (select count(*) from moved), count(b.key) < coalesce(cardinality(park.rest), 0) or coalesce(bool_or(b.free and b.hold is null), false)
     into parked, contended from busy b;
@@ -258,20 +268,7 @@ begin
         select c.hold, c.mark, c.owner is null and c.halted_at is null as free from cursors c
         where c.queue = k.queue and c.key = k.key order by c.turn desc limit 1
       ) c
-      cross join lateral (
-        (select m.id, m.ctid as tid, m.token, m.stage from jobs m where m.id = c.hold)
-        union all
-        (select m.id, m.ctid, m.token, m.stage from jobs m
-          where m.queue = k.queue and m.cursor_key = k.key and m.stage <> 'scheduled'
-            and (-(m.priority::int), m.expected_at) < ((c.mark).rank, (c.mark).expected_at)
-          order by -(m.priority::int), m.expected_at, m.id limit 1)
-        union all
-        (select m.id, m.ctid, m.token, m.stage from jobs m
-          where m.queue = k.queue and m.cursor_key = k.key and m.stage <> 'scheduled'
-            and (-(m.priority::int), m.expected_at, m.id) >= ((c.mark).rank, (c.mark).expected_at, (c.mark).id)
-          order by -(m.priority::int), m.expected_at, m.id limit 1)
-        limit 1
-      ) h
+      cross join lateral mailbox(k.queue, k.key, c.mark, c.hold, 1) h
       where c.free and h.token is null and h.stage <> 'scheduled'
   ), moves as materialized (
     select h.id from heads h where h.stage = 'blocked'

@@ -118,12 +118,7 @@ begin
   if cursor.owner is not null then
     perform cursor_is_owned(cursor);
   end if;
-  select h.id into head from (
-    (select j.id from jobs j where j.id = cursor.hold)
-    union all
-    (select j.id from jobs j where j.queue = cursor.queue and j.cursor_key = cursor.key and j.stage <> 'scheduled'
-      order by -(j.priority::int), j.expected_at, j.id limit 1)
-    limit 1) h;
+  head := (select h.id from mailbox(cursor.queue, cursor.key, cursor.mark, cursor.hold, 1) h);
   perform cancel(head);
   return head;
 end $$;

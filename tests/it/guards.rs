@@ -183,9 +183,9 @@ async fn each_guard_that_is_taken_out_is_missed() {
             &[
                 ("take_runs", "and c.owner is null", ""),
                 (
-                    "take_runs",
-                    "and j.id is distinct from c.hold",
-                    "and j.id is distinct from c.hold and j.token is null",
+                    "mailbox",
+                    "and j.id is distinct from mailbox.hold",
+                    "and j.id is distinct from mailbox.hold and j.token is null",
                 ),
             ],
             Rule::Versions,
@@ -198,8 +198,8 @@ async fn each_guard_that_is_taken_out_is_missed() {
         ),
         (
             "a run follows the mailbox",
-            &[("take_runs", "order by -(j.priority::int), j.expected_at, j.id limit", "order by j.id desc limit")],
-            Rule::Drained,
+            &[("mailbox", "order by -(j.priority::int), j.expected_at, j.id limit", "order by j.id desc limit")],
+            Rule::Order,
         ),
         (
             "attempts are limited",

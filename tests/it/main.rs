@@ -13,6 +13,7 @@ mod examples;
 mod fuzz;
 mod guards;
 mod handlers;
+mod history;
 mod inputs;
 mod leases;
 mod model;
