@@ -245,12 +245,7 @@ begin
     done := not exists (select from leases l where l.id = repair.token);
   when 'pass on' then
     done := cursor.key is not null and cursor.owner is null and cursor.halted_at is null and 'blocked' = (
-      select h.stage from (
-        (select j.stage from jobs j where j.id = cursor.hold)
-        union all
-        (select j.stage from jobs j where j.queue = repair.queue and j.cursor_key = repair.cursor_key and j.stage <> 'scheduled'
-          order by -(j.priority::int), j.expected_at, j.id limit 1)
-        limit 1) h);
+      select h.stage from mailbox(cursor.queue, cursor.key, row(-40000, '-infinity', 0)::place, cursor.hold, 1) h); -- no mark is trusted
   when 'reset the mark' then
     update cursors c set mark = row(-40000, '-infinity', 0), next_mark = row(-40000, '-infinity', 0)
       where c.queue = cursor.queue and c.key = cursor.key and exists (

@@ -2,11 +2,11 @@
 //!
 //! A pass is one claim. It reads each lane from its watermark (see [`Marks`](crate::pacing::Marks)), or from its
 //! start when a full pass is due (see [`FullPasses`](crate::pacing::FullPasses)). Passes follow each other until one
-//! brings nothing; then the dispatcher asks to rest. As sentry, or guarded by another node's, it makes one more full pass, because jobs
-//! may have arrived before the post was taken, and sleeps if and only if that leaves nothing behind, until a
-//! [`Wake`] or the tick. A sentry that takes all there is, and could take more, stays: then a job for an idle
-//! cluster costs one claim of one node. It stands down when it has as much as it can take, so that another node may stand
-//! sentry, or when jobs keep coming: while all nodes are awake, producers are silent.
+//! brings nothing; then the dispatcher asks to rest. As sentry, or guarded by another node's, it makes one more full
+//! pass, because jobs may have arrived before the post was taken, and sleeps if and only if that leaves nothing
+//! behind, until a [`Wake`] or the tick. A sentry that takes all there is, and could take more, stays: then a job for
+//! an idle cluster costs one claim of one node. It stands down when it has as much as it can take, so that another
+//! node may stand sentry, or when jobs keep coming: while all nodes are awake, producers are silent.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -20,6 +20,7 @@ mod model;
 mod operators;
 mod plans;
 mod protocol;
+mod reading;
 mod sticky;
 mod support;
 mod verify;

@@ -21,10 +21,11 @@ use crate::error::Result;
 const BATCHES: u32 = 50;
 /// So many batches may be on their way; then the producer waits.
 const ON_THE_WAY: usize = 500;
-/// The peak is looked for while so many jobs wait, as near as the producer can see.
+/// While the peak is looked for, so many jobs wait, as near as the producer can see.
 const AHEAD: i64 = 10_000;
-/// From the third second on, when all is going.
+/// So long it takes until all is going, before the peak is measured.
 const WARM_UP: Duration = Duration::from_secs(3);
+/// Warmed up and measured after this time.
 const PEAK: Duration = Duration::from_secs(15);
 
 #[derive(Args, Serialize)]
