@@ -222,7 +222,7 @@ fn calls(token: i64, mark: i64) -> Vec<Call> {
     let give_back = format!("select moved from give_back({second}, 'release')");
     vec![
         call("claim of one job", 10, 1_000, claim(1, one, "plain", mark, 1)), // 448; 478: the second time it passes what was settled
-        call("settle of one job", 10, 400, settle_one),                       // 185
+        call("settle of one job", 10, 400, settle_one),                       // 185; 186
         call("claim of plain jobs", 1000, 15_000, claim(1, plain, "plain", mark, 1000)), // 5,992; 6,008
         call("extend", 200, 600, "select alive from extend(1010)".into()),    // 237; 237: it lists 200 jobs to cancel
         call("settle of plain jobs", 1000, 20_000, settle(plain, "plain")),   // 8,280; 6,682
