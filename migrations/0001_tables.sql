@@ -1,5 +1,5 @@
 -- Live jobs: everything that waits or runs. A plain INSERT or COPY enqueues; only the first group of
--- columns is meant to be written by users. What these may hold is checked when they are inserted (see check_job), and
+-- columns is meant to be written by users. What these may hold is checked when they are inserted (see arrive), and
 -- not by the table, which would check it again whenever a job starts.
 create type stage as enum ('scheduled', 'ready', 'blocked', 'suspect');
 create type outcome as enum ('completed', 'failed', 'cancelled', 'lost');

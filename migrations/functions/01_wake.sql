@@ -3,8 +3,8 @@
 -- its transaction. Refused: a sentry sleeps, so notify. Granted: nobody sleeps, and nobody can fall
 -- asleep before this transaction ends; no NOTIFY, whose lock would serialize all commits.
 --
--- The lock of a queue is one of 64 buckets of this schema: (the oid of jobs, hashtext(queue) & 63). The trigger that
--- wakes for inserts says it in the same words: a function would cost each insert, and need to be granted.
+-- The lock of a queue is one of 64 buckets of this schema: (the oid of jobs, hashtext(queue) & 63). The trigger for
+-- inserts (arrive) says it in the same words: a function would cost each insert, and need to be granted.
 
 -- what: 'wake', rows became claimable; 'due', they will be later.
 create or replace function wake(queue text, what text default 'wake') returns void

@@ -3,7 +3,7 @@
 //!
 //! | step | stands for |
 //! |---|---|
-//! | `Insert`, `Publish` | a producer: the row draws its place, and the trigger `wake_sentry` does as `wake`; commit |
+//! | `Insert`, `Publish` | a producer: the row draws its place, and the trigger `arrive` does as `wake`; commit |
 //! | `Read`, `Claim` | `claim_lanes`: it reads the line and locks a row; commit |
 //! | `Hear` | the dispatcher hears that a claim brought nothing, or all there was and less than it could take |
 //! | `Stand`, `Answer` | `stand_sentry` on the listener's session; the dispatcher takes the post, or not |

@@ -22,8 +22,8 @@ use crate::error::Result;
 
 #[derive(Args, Serialize)]
 #[command(
-    after_help = "Beside it, alternately: the same producers with a bare INSERT or COPY into a table of the same columns, \
-    checks and indexes, without triggers. A node works the jobs off meanwhile, since producers need not wake \
+    after_help = "Beside it, alternately: the same producers with a bare INSERT or COPY into a table of the same columns \
+    and indexes, without triggers. A node works the jobs off meanwhile, since producers need not wake \
     one that is awake; what it costs is in the figures, and --no-node leaves it out."
 )]
 pub(super) struct Enqueue {
