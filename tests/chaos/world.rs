@@ -318,6 +318,12 @@ impl World {
         self.record().iter().filter(|entry| which(&entry.event)).count()
     }
 
+    /// The leases that nodes say they began.
+    fn begun_leases(&self) -> Vec<i64> {
+        let lease = |entry: Entry| if let Event::LeaseBegun { lease } = entry.event { Some(lease) } else { None };
+        self.record().into_iter().filter_map(lease).collect()
+    }
+
     /// How many jobs have completed, and no node has heard of it.
     pub async fn unheard(&self) -> usize {
         let heard: HashSet<i64> = self
@@ -358,8 +364,11 @@ impl World {
             }
         }
         assert_eq!(self.count("select count(*) from pgcue.claims").await, 0, "a claim is left");
+        let begun = self.begun_leases();
+        let left = self.sql().await.query("select id from pgcue.leases where id = any($1)", &[&begun]).await.unwrap();
+        assert!(left.is_empty(), "a lease is left: {left:?}");
         // One whose beginning was answered too late is nobody's, and ends with its time.
-        self.eventually("no lease is left", || async {
+        self.eventually("no lease of nobody is left", || async {
             self.store.reap().await.unwrap();
             self.count(leases).await == 0
         })
