@@ -152,9 +152,15 @@ begin
       from cursors c where c.ctid = newest.tid for update skip locked
     ) c
   ), early as materialized (
-    -- Cursors of which something was met before the mark.
-    select distinct b.tid from unnest(park.tids, park.keys) t(tid, key) join busy b on b.key = t.key join jobs j on j.ctid = t.tid
-    where -(j.priority::int) = (b.mark).rank and j.expected_at = (b.mark).expected_at and j.id < (b.mark).id
+    -- Cursors of which something was met before the mark. Looked up once more: a join would compare each with each.
+    select distinct c.tid from unnest(park.tids, park.keys) t(tid, key)
+    cross join lateral (
+      select c.ctid as tid, case when c.owner is null then c.mark else c.next_mark end as mark from cursors c
+      where c.queue = park.queue and c.key = t.key order by c.turn desc limit 1
+    ) c
+    join jobs j on j.ctid = t.tid
+    where t.key in (select b.key from busy b)
+      and -(j.priority::int) = (c.mark).rank and j.expected_at = (c.mark).expected_at and j.id < (c.mark).id
   ), free as materialized (
     select b.key, b.hold, case when b.tid in (select e.tid from early e) then row(-40000, '-infinity', 0)::place else b.mark end as mark
     from busy b where b.free

@@ -226,9 +226,9 @@ fn calls(token: i64, mark: i64) -> Vec<Call> {
         call("claim of plain jobs", 1000, 15_000, claim(1, plain, "plain", mark, 1000)), // 5,992; 6,008
         call("extend", 200, 600, "select alive from extend(1010)".into()),    // 237; 237: it lists 200 jobs to cancel
         call("settle of plain jobs", 1000, 20_000, settle(plain, "plain")),   // 8,280; 6,682
-        call("claim with cursors in front", 1000, 70_000, claim(1, first, "front", mark, 1000)), // 29,284; 29,284
+        call("claim with cursors in front", 1000, 70_000, claim(1, first, "front", mark, 1000)), // 33,933; 33,933
         call("settle of cursors", 1000, 20_000, settle(first, "front")),      // 7,762; 7,317
-        call("claim with cursors again", 1000, 70_000, claim(1, second, "front", mark, 1000)), // 29,279; 29,279
+        call("claim with cursors again", 1000, 70_000, claim(1, second, "front", mark, 1000)), // 33,934; 33,934
         call("give_back", 1000, 35_000, give_back),                           // 14,607; 11,895
         call("promote", 1000, 45_000, "select promoted from promote(1000)".into()), // 19,613; 19,613
         call("reap", 200, 10_000, "select moved from reap()".into()),         // 3,923; 2,704
@@ -237,7 +237,7 @@ fn calls(token: i64, mark: i64) -> Vec<Call> {
 }
 
 /// What is wrong with a plan: it reads a table whole, or more rows of one than the batch explains, or sorts such, or
-/// searches for what it could fetch.
+/// searches for what it could fetch, or compares each with each.
 fn judge(plan: &Value, batch: u64) -> Vec<String> {
     let mut offences = Vec::new();
     let node = plan["Node Type"].as_str().unwrap();
@@ -254,6 +254,10 @@ fn judge(plan: &Value, batch: u64) -> Vec<String> {
     if let (true, Some(table)) = (read > most, table) {
         offences.push(format!("{read} rows read from {table} by {node}"));
     }
+    let compared = times(plan, "Rows Removed by Join Filter");
+    if compared > 20 * batch {
+        offences.push(format!("{compared} pairs compared in vain"));
+    }
     for below in plan["Plans"].as_array().into_iter().flatten() {
         if node.contains("Sort") && rows(below) > 4 * batch {
             offences.push(format!("{} rows sorted", rows(below)));
@@ -265,9 +269,15 @@ fn judge(plan: &Value, batch: u64) -> Vec<String> {
 
 /// How many rows a node looked at, in all its loops.
 fn rows(plan: &Value) -> u64 {
-    let seen = ["Actual Rows", "Rows Removed by Filter", "Rows Removed by Index Recheck"];
-    let each: f64 = seen.iter().filter_map(|name| plan[name].as_f64()).sum();
-    (each * plan["Actual Loops"].as_f64().unwrap()) as u64
+    ["Actual Rows", "Rows Removed by Filter", "Rows Removed by Index Recheck"]
+        .map(|name| times(plan, name))
+        .iter()
+        .sum()
+}
+
+/// A figure of each loop, for all of them.
+fn times(plan: &Value, name: &str) -> u64 {
+    (plan[name].as_f64().unwrap_or_default() * plan["Actual Loops"].as_f64().unwrap()) as u64
 }
 
 pub fn buffers(plan: &Value) -> u64 {
