@@ -126,10 +126,10 @@ under `target/peers/`. Medians of {options.rounds} rounds; a ratio to pgcue is t
 **Burn-down** (jobs/s): no-op jobs are enqueued in bulk, then `vacuum analyze`; the clock runs from the start of the run
 of one worker process, warm and connected, until the last job is completed in the database. pgcue's node is started
 before the clock and its queue paused until then. **Latency** (ms): {options.rate} single jobs a second from one process to an
-idle worker in another, from just before the enqueuing call to the handler's first statement, without the first second
-(pgcue's is connected and prepared beforehand instead). Each measurement has a
-fresh database, after a `checkpoint`; the queues take turns round by round. Of the settings that its documentation
-offers each has those that were fastest in a few trials, for burn-down and latency apart:
+idle worker in another, from just before the enqueuing call to the handler's first statement, without the first
+second. Each measurement has a fresh database, after a `checkpoint`; the queues take turns round by round. Both Rust
+programs are built with thin LTO. Of the settings that its documentation offers each has those that were fastest in a
+few trials, for burn-down and latency apart:
 
 {chr(10).join(how)}
 

@@ -19,13 +19,14 @@ use crate::error::{Error, Result};
 #[command(
     after_help = "stamp_ms is the time from just before the job was sent to the server until its handler began: the commit, \
     the waking and the claim are in it. enqueue_ms is how long the enqueueing itself took, as its caller saw \
-    it. Jobs are sent at their time, whether the ones before were answered or not."
+    it. Neither counts the first second, in which sessions plan. Jobs are sent at their time, whether the ones \
+    before were answered or not."
 )]
 pub(super) struct Latency {
     /// So many jobs a second, each in a transaction of its own
     #[arg(long, value_name = "PER_SECOND", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     rate: u32,
-    /// For so long
+    /// For so long, after a second that does not count
     #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=86_400))]
     seconds: u32,
     /// So many run at once on the node
@@ -41,7 +42,8 @@ impl Latency {
         let enqueue = "select enqueue('stamp', json_build_object('at', $1))";
         let enqueue = session.prepare_typed(enqueue, &[Type::INT8]).await?;
         place.asleep().await?;
-        let jobs = i64::from(self.rate) * i64::from(self.seconds);
+        let warm_up = i64::from(self.rate);
+        let jobs = warm_up + i64::from(self.rate) * i64::from(self.seconds);
         let meter = Meter::begin(place, &nodes).await?;
         let begin = tokio::time::Instant::now();
         let progress = bar(jobs as u64, "enqueueing");
@@ -52,16 +54,18 @@ impl Latency {
             sent.spawn(async move {
                 let begin = Instant::now();
                 session.query_one(&enqueue, &[&At::now().at]).await?;
-                Ok(begin.elapsed().as_secs_f64() * 1000.0)
+                Ok((n, begin.elapsed().as_secs_f64() * 1000.0))
             });
             progress.inc(1);
         }
         progress.finish_and_clear();
-        let times = sent.join_all().await.into_iter().collect::<Result<Vec<f64>, tokio_postgres::Error>>()?;
+        let mut times =
+            sent.join_all().await.into_iter().collect::<Result<Vec<(i64, f64)>, tokio_postgres::Error>>()?;
+        times.retain(|(n, _)| *n >= warm_up);
         drop((session, enqueue));
         let mut round = meter.until_gone(place, nodes, 1, jobs, jobs).await?;
-        round.insert("enqueue_ms".into(), percentiles(times));
-        round.extend(place.times(1, jobs, true).await?);
+        round.insert("enqueue_ms".into(), percentiles(times.into_iter().map(|(_, ms)| ms).collect()));
+        round.extend(place.times(1 + warm_up, jobs, true).await?);
         place.verify().await?;
         Ok(Found { bench: "latency", asked: asked(self), rounds: vec![round], list: None })
     }
