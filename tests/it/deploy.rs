@@ -43,7 +43,7 @@ async fn the_dashboard_shows_what_a_running_node_serves() {
     let address = node.http().unwrap().to_string();
     let mut served = BTreeSet::new();
     crate::support::eventually("slots are measured", std::time::Duration::from_secs(20), || async {
-        get(&address, "/metrics").await.contains("pgcue_slots")
+        get(&address, "/metrics").await.contains("pgcue_slots{")
     })
     .await;
     let page = get(&address, "/metrics").await;
