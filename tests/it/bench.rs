@@ -43,6 +43,8 @@ async fn burn_down_runs_beside_the_bare_limit() {
     positive(&report, &["ratio", "bare_jobs_per_second", "jobs_per_second", "seconds", "wal_bytes_per_job"]);
     positive(&report, &["commits_per_job", "wait_ms p50", "wait_ms p99", "run_ms p50"]);
     positive(&report["rounds"][1], &["ratio", "hot_update_share"]);
+    let forgetful = bench(&["burn-down", "--jobs", "300", "--history", "off"]).await;
+    positive(&forgetful, &["ratio", "bare_jobs_per_second"]);
     if std::path::Path::new("/proc/self/stat").exists() {
         positive(&report, &["node_rest_memory_bytes", "node_peak_memory_bytes"]);
     }

@@ -53,14 +53,15 @@ pub(super) async fn burn_down(place: &Place, jobs: i64, batch: u32, payload: u32
     Rows { table: "bare_jobs", kind: "noop", count: jobs, cursors: 0, payload }.load(place).await?;
     place.sql.batch_execute("analyze bare_jobs").await?;
     let columns: String = place.sql.query_typed(COLUMNS, &[]).await?[0].get(0);
-    let keep = match place.history {
+    let gone = "delete from bare_jobs j using unnest(tids) t(tid) where j.ctid = t.tid";
+    let finish = match place.history {
         true => format!(
-            "insert into bare_history ({columns}, state, finished_at) \
+            "with gone as ({gone} returning j.*) insert into bare_history ({columns}, state, finished_at) \
              select {columns}, 'completed', clock_timestamp() from gone"
         ),
-        false => "perform count(*) from gone".to_owned(),
+        false => gone.to_owned(),
     };
-    let text = include_str!("bare.sql").replace(":batch", &batch.to_string()).replace(":keep", &keep);
+    let text = include_str!("bare.sql").replace(":batch", &batch.to_string()).replace(":finish", &finish);
     let session = place.session().await?;
     session.batch_execute(PINS).await?;
     let wal = place.wal().await?;

@@ -21,10 +21,7 @@ begin
     )
     select array_agg(c.tid) into tids from claimed c;
     commit;
-    with gone as (
-      delete from bare_jobs j using unnest(tids) t(tid) where j.ctid = t.tid returning j.*
-    )
-    :keep;
+    :finish;
     commit;
   end loop;
 end $$
