@@ -11,7 +11,7 @@ begin
     using errcode = 'invalid_parameter_value';
 end $$;
 
--- A smallint of an argument that callers may write as a plain number; the table's checks say the rest.
+-- A smallint of an argument that callers may write as a plain number; the trigger says the rest.
 -- Every enqueue pays for it: so it goes by the search path of its caller.
 create or replace function small(argument text, value int) returns smallint
 language plpgsql as $$

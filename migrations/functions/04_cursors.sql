@@ -152,15 +152,20 @@ begin
       from cursors c where c.ctid = newest.tid for update skip locked
     ) c
   ), early as materialized (
-    -- Cursors of which something was met before the mark. Looked up once more: a join would compare each with each.
-    select distinct c.tid from unnest(park.tids, park.keys) t(tid, key)
-    cross join lateral (
-      select c.ctid as tid, case when c.owner is null then c.mark else c.next_mark end as mark from cursors c
-      where c.queue = park.queue and c.key = t.key order by c.turn desc limit 1
-    ) c
+    -- Cursors of which something was met before the mark. By groups: a join would compare each with each.
+    select distinct m.tid
+    from (
+      select max(c.tid) as tid, (array_agg(c.mark) filter (where c.tid is not null))[1] as mark, array_agg(c.met) as met
+      from (
+        select b.key, b.tid, b.mark, null::tid as met from busy b
+        union all select t.key, null, null, t.tid from unnest(park.tids, park.keys) t(tid, key)
+      ) c
+      group by c.key
+    ) m
+    cross join lateral unnest(m.met) t(tid)
     join jobs j on j.ctid = t.tid
-    where t.key in (select b.key from busy b)
-      and -(j.priority::int) = (c.mark).rank and j.expected_at = (c.mark).expected_at and j.id < (c.mark).id
+    where m.tid is not null
+      and -(j.priority::int) = (m.mark).rank and j.expected_at = (m.mark).expected_at and j.id < (m.mark).id
   ), free as materialized (
     select b.key, b.hold, case when b.tid in (select e.tid from early e) then row(-40000, '-infinity', 0)::place else b.mark end as mark
     from busy b where b.free
